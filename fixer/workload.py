@@ -1,0 +1,124 @@
+"""The values that everything else speaks of: tile, projection, number format, workload."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+
+class Projection(Enum):
+    """The two matrix products of an MoE layer, each with a configuration file of its own."""
+
+    GATE_UP = "gate_up"
+    """Hidden states [M, hidden] times the experts' [2N, hidden] (one launch feeds each token to its top-k experts)."""
+    DOWN = "down"
+    """Activations [M * top_k, N] times the experts' [hidden, N], scaled by the routing weight."""
+
+
+class NumberFormat(Enum):
+    """What SGLang puts behind `dtype=` in a file name; NONE (bf16, fp16) puts nothing there."""
+
+    NONE = "none"
+    FP8_W8A8 = "fp8_w8a8"
+    INT8_W8A8 = "int8_w8a8"
+    INT8_W8A16 = "int8_w8a16"
+    INT4_W4A16 = "int4_w4a16"
+    FLOAT32 = "float32"
+
+
+@dataclass(frozen=True, order=True)
+class Tile:
+    """One configuration of the kernel: block sizes in elements, warps a block, software-pipelining stages.
+
+    `num_warps` and `num_stages` default to Triton's own defaults, which is what the kernel runs with where SGLang's
+    configuration names neither.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def to_json(self) -> dict[str, int]:
+        """The row as SGLang's files spell it."""
+        return {
+            "BLOCK_SIZE_M": self.block_m,
+            "BLOCK_SIZE_N": self.block_n,
+            "BLOCK_SIZE_K": self.block_k,
+            "GROUP_SIZE_M": self.group_m,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Tile:
+        """The tile of a row of a tuning file.
+
+        Raises:
+            ValueError: a key is missing, or a value is not a positive whole number of a sensible size.
+        """
+        values = []
+        for key, fallback in (
+            ("BLOCK_SIZE_M", None),
+            ("BLOCK_SIZE_N", None),
+            ("BLOCK_SIZE_K", None),
+            ("GROUP_SIZE_M", None),
+            ("num_warps", 4),
+            ("num_stages", 3),
+        ):
+            value = row.get(key, fallback)
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= 4096:
+                raise ValueError(f"{key} is {value!r}, not a whole number from 1 to 4096")
+            values.append(value)
+        tile = cls(*values)
+        for name, size in (("BLOCK_SIZE_M", tile.block_m), ("BLOCK_SIZE_N", tile.block_n)):
+            if size & (size - 1):
+                raise ValueError(f"{name} is {size}, not a power of two")
+        if tile.block_k & (tile.block_k - 1) or tile.num_warps & (tile.num_warps - 1):
+            raise ValueError("BLOCK_SIZE_K and num_warps must be powers of two")
+        return tile
+
+    def __str__(self) -> str:
+        return (
+            f"{self.block_m}x{self.block_n}x{self.block_k} group {self.group_m}, "
+            f"{self.num_warps} warps, {self.num_stages} stages"
+        )
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One shard's MoE layer, as SGLang's kernel sees it.
+
+    Attributes:
+        experts: E, the experts on this shard, fused shared experts included.
+        intermediate: N as in the file name: the last dimension of w2 on this shard (for packed 4-bit weights half
+            the layer's intermediate size).
+        hidden_size: the model's hidden size, in elements.
+        top_k: experts a token, fused shared experts included.
+        number_format: the `dtype=` part of the file name.
+        activation_dtype: "bfloat16", "float16" or "float32".
+        block_shape: (block_n, block_k) of block-wise scales, else None.
+        per_channel_quant: one weight scale for each output channel.
+        group_size: group of 4-bit or 8-bit weight-only scales along K, 0 where there are none.
+        has_zero_points: weight-only formats: the checkpoint has zero points.
+        gated: gate and up are both there (2N wide), as with SwiGLU.
+        tp_size, ep_size: tensor and expert parallel ranks.
+    """
+
+    experts: int
+    intermediate: int
+    hidden_size: int
+    top_k: int
+    number_format: NumberFormat = NumberFormat.NONE
+    activation_dtype: str = "bfloat16"
+    block_shape: tuple[int, int] | None = None
+    per_channel_quant: bool = False
+    group_size: int = 0
+    has_zero_points: bool = False
+    gated: bool = True
+    tp_size: int = 1
+    ep_size: int = 1
