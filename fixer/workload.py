@@ -33,7 +33,8 @@ class Tile:
     """One configuration of the kernel: block sizes in elements, warps a block, software-pipelining stages.
 
     `num_warps` and `num_stages` default to Triton's own defaults, which is what the kernel runs with where SGLang's
-    configuration names neither.
+    configuration names neither. `use_tma`: load both operands through tensor descriptors, which SGLang does only where
+    a file of the down projection says so.
     """
 
     block_m: int
@@ -42,10 +43,11 @@ class Tile:
     group_m: int
     num_warps: int = 4
     num_stages: int = 3
+    use_tma: bool = False
 
-    def to_json(self) -> dict[str, int]:
+    def to_json(self) -> dict[str, int | bool]:
         """The row as SGLang's files spell it."""
-        return {
+        row: dict[str, int | bool] = {
             "BLOCK_SIZE_M": self.block_m,
             "BLOCK_SIZE_N": self.block_n,
             "BLOCK_SIZE_K": self.block_k,
@@ -53,6 +55,7 @@ class Tile:
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
         }
+        return row | {"USE_TMA": True} if self.use_tma else row
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Tile:
@@ -74,7 +77,10 @@ class Tile:
             if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= 4096:
                 raise ValueError(f"{key} is {value!r}, not a whole number from 1 to 4096")
             values.append(value)
-        tile = cls(*values)
+        tma = row.get("USE_TMA", False)
+        if not isinstance(tma, bool):
+            raise ValueError(f"USE_TMA is {tma!r}, neither true nor false")
+        tile = cls(*values, use_tma=tma)
         for name, size in (("BLOCK_SIZE_M", tile.block_m), ("BLOCK_SIZE_N", tile.block_n)):
             if size & (size - 1):
                 raise ValueError(f"{name} is {size}, not a power of two")
@@ -85,7 +91,7 @@ class Tile:
     def __str__(self) -> str:
         return (
             f"{self.block_m}x{self.block_n}x{self.block_k} group {self.group_m}, "
-            f"{self.num_warps} warps, {self.num_stages} stages"
+            f"{self.num_warps} warps, {self.num_stages} stages" + (", TMA" if self.use_tma else "")
         )
 
 
