@@ -245,5 +245,3 @@ def _descriptors(tile: Tile, a: Any, b: Any) -> tuple[Any, Any]:
 def always_spills(tile: Tile) -> bool:
     """Whether the float32 accumulator alone needs more than the 255 registers that a thread can have."""
     return tile.block_m * tile.block_n > 255 * 32 * tile.num_warps
-
-

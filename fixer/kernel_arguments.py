@@ -382,5 +382,3 @@ def _stride(tensor: Any, least_dimensions: int, dimension: int) -> int:
     if tensor is None or len(tensor.shape) < least_dimensions:
         return 0
     return int(tensor.stride(dimension))
-
-

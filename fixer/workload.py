@@ -80,7 +80,8 @@ class Tile:
         tma = row.get("USE_TMA", False)
         if not isinstance(tma, bool):
             raise ValueError(f"USE_TMA is {tma!r}, neither true nor false")
-        tile = cls(*values, use_tma=tma)
+        block_m, block_n, block_k, group_m, num_warps, num_stages = values
+        tile = cls(block_m, block_n, block_k, group_m, num_warps, num_stages, use_tma=tma)
         for name, size in (("BLOCK_SIZE_M", tile.block_m), ("BLOCK_SIZE_N", tile.block_n)):
             if size & (size - 1):
                 raise ValueError(f"{name} is {size}, not a power of two")

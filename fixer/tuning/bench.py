@@ -1,0 +1,271 @@
+"""Timing kernels on one card. Runs in the measuring process only: it is what may crash, hang or run out of memory."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fixer.errors import CardError, TuneError
+from fixer.kernel import Candidate, Target, kernel_function, warm_kernel
+from fixer.kernel_arguments import LaunchContext, Product, Role, launch_arguments, operands, padded_tokens
+from fixer.workload import Projection, Tile, Workload
+
+from .space import BOTH
+from .tensors import (
+    MIX,
+    Aligned,
+    Layer,
+    Routing,
+    align,
+    choose_experts,
+    make_layer,
+    needed_bytes,
+    reference,
+    relative_error,
+)
+from .trials import Build, Kernel, Outcome, Timing
+
+MAX_ERROR = 0.02
+"""Relative Frobenius norm against the float32 reference; right kernels come to 0.002 to 0.004."""
+
+CHECK_TOKENS = 37
+"""M of the comparison with the reference: odd, so that partly filled blocks are part of it."""
+
+COLD_FACTOR = 4
+"""Consecutive launches read this many times the L2 cache before they come back to the same weights."""
+
+HOPELESS = 1.5
+"""A first replay this many times slower than the row's best is not looked at again."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the measuring process needs to know.
+
+    Attributes:
+        workload: the layer.
+        target: SGLang's kernel and the card's architecture.
+        cache: Triton's cache folder, where the compiling processes leave their work.
+        device: CUDA's index among the visible devices.
+        rows: every M that will be timed.
+        shared_limit: bytes of shared memory a block may use.
+        seed: of all random numbers.
+    """
+
+    workload: Workload
+    target: Target
+    cache: Path
+    device: int
+    rows: tuple[int, ...]
+    shared_limit: int
+    seed: int = 20260
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A kernel on the card, ready to launch."""
+
+    kernel: Kernel
+    launcher: Any
+    build: Build
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A captured sequence of launches; `replay` runs it, and one launch is a `launches`-th of it."""
+
+    graph: torch.cuda.CUDAGraph
+    launches: int
+
+
+class Bench:
+    """One card's tensors and clocks for one workload.
+
+    Raises:
+        CardError: the card is too full for the layer's weights.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        torch.cuda.set_device(setup.device)
+        self._device = torch.device("cuda", setup.device)
+        self._stream = torch.cuda.Stream(self._device)
+        self._generator = torch.Generator(self._device).manual_seed(setup.seed)
+        self._loaded: dict[Kernel, Loaded | Build] = {}
+        self._chosen: dict[int, list[torch.Tensor]] = {}
+        self._aligned: dict[tuple[int, int, int], Aligned] = {}
+        self._layers = self._make_layers()
+        self._expected: dict[Projection, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    # ---- tensors
+
+    @cached_property
+    def _l2_bytes(self) -> int:
+        return int(torch.cuda.get_device_properties(self._device).L2_cache_size)
+
+    def _make_layers(self) -> dict[Projection, Layer]:
+        workload, most = self.setup.workload, max(*self.setup.rows, CHECK_TOKENS)
+        products = {projection: Product(workload, projection, most) for projection in BOTH}
+        weights = {p: operands(product, Tile(16, 32, 64, 1), 16)[Role.B].bytes for p, product in products.items()}
+        copies = {p: max(1, min(16, -(-COLD_FACTOR * self._l2_bytes // weights[p]))) for p in BOTH}
+        free, _ = torch.cuda.mem_get_info(self._device)
+        needed = sum(needed_bytes(workload, most, copies[p], (products[p],)) for p in BOTH)
+        if needed * 1.1 + (512 << 20) > free:
+            raise CardError(
+                f"Tuning needs {needed * 1.1 / 2**20 + 512:.0f} MiB on the card, and {free / 2**20:.0f} MiB are free.",
+                "Stop what else uses the card (nvidia-smi shows it) and try again.",
+            )
+        return {p: make_layer(products[p], copies[p], self._generator) for p in BOTH}
+
+    def _launches(self, projection: Projection, tokens: int) -> int:
+        """How many launches make one graph: enough to read several times the L2 cache, in whole routing mixes."""
+        weights = self._layers[projection].weights[0]
+        touched = min(self.setup.workload.experts, tokens * self.setup.workload.top_k) * weights[0].nbytes
+        wanted = -(-COLD_FACTOR * self._l2_bytes // max(touched, 1))
+        return max(len(MIX), min(24, -(-wanted // len(MIX)) * len(MIX)))
+
+    def _choice(self, tokens: int, turn: int) -> torch.Tensor:
+        workload = self.setup.workload
+        chosen = self._chosen.setdefault(tokens, [])
+        while len(chosen) <= turn:
+            routing = MIX[len(chosen) % len(MIX)]
+            chosen.append(choose_experts(routing, tokens, workload.experts, workload.top_k, self._generator))
+        return chosen[turn]
+
+    def _align(self, tokens: int, block_m: int, turn: int) -> Aligned:
+        key = (tokens, block_m, turn)
+        if key not in self._aligned:
+            workload = self.setup.workload
+            length = padded_tokens(workload, tokens, block_m)
+            self._aligned[key] = align(self._choice(tokens, turn), block_m, workload.experts, length)
+        return self._aligned[key]
+
+    # ---- kernels
+
+    def load(self, kernel: Kernel) -> Build:
+        """Put a compiled kernel on the card and check its arithmetic; what goes wrong is an outcome."""
+        if kernel not in self._loaded:
+            self._loaded[kernel] = self._load(kernel)
+        known = self._loaded[kernel]
+        return known if isinstance(known, Build) else known.build
+
+    def _load(self, kernel: Kernel) -> Loaded | Build:
+        from triton.runtime.errors import OutOfResources
+
+        try:
+            launcher = warm_kernel(self.setup.target, Candidate(self.setup.workload, kernel.projection, kernel.tile))
+        except Exception as error:
+            return Build(kernel, Outcome.COMPILE_ERROR, message=_first_line(error))
+        shared = int(launcher.metadata.shared)
+        if shared > self.setup.shared_limit:
+            return Build(kernel, Outcome.TOO_MUCH_SHARED_MEMORY, shared)
+        try:
+            launcher._init_handles()
+        except OutOfResources as error:
+            return Build(kernel, Outcome.TOO_MUCH_SHARED_MEMORY, shared, message=_first_line(error))
+        build = Build(kernel, Outcome.OK, shared, int(launcher.n_regs), int(launcher.n_spills))
+        loaded = Loaded(kernel, launcher, build)
+        error = self._error_of(loaded)
+        if error > MAX_ERROR:
+            return Build(kernel, Outcome.WRONG_RESULT, shared, message=f"relative error {error:.3g}")
+        return loaded
+
+    def _error_of(self, loaded: Loaded) -> float:
+        layer = self._layers[loaded.kernel.projection]
+        chosen, expected = self._check_case(loaded.kernel.projection)
+        workload, block_m = self.setup.workload, loaded.kernel.tile.block_m
+        length = padded_tokens(workload, CHECK_TOKENS, block_m)
+        tensors = layer.launch_tensors(CHECK_TOKENS, align(chosen, block_m, workload.experts, length), 0)
+        tensors[Role.C].fill_(float("nan"))  # what the kernel leaves out must not look right
+        self._launcher(loaded, CHECK_TOKENS, tensors)()
+        return relative_error(tensors[Role.C].view_as(expected), expected)
+
+    def _check_case(self, projection: Projection) -> tuple[torch.Tensor, torch.Tensor]:
+        if projection not in self._expected:
+            workload = self.setup.workload
+            chosen = choose_experts(Routing.ZIPF, CHECK_TOKENS, workload.experts, workload.top_k, self._generator)
+            self._expected[projection] = chosen, reference(self._layers[projection], chosen)
+        return self._expected[projection]
+
+    def _launcher(self, loaded: Loaded, tokens: int, tensors: Mapping[Role, Any]) -> Callable[[], None]:
+        """A call that launches a kernel once, with all its arguments bound."""
+        import triton.language as tl
+
+        workload, tile = self.setup.workload, loaded.kernel.tile
+        product = Product(workload, loaded.kernel.projection, tokens)
+        function = kernel_function(self.setup.target, workload)
+        names = [parameter.name for parameter in function.params]
+        compute_type = tl.float16 if workload.activation_dtype == "float16" else tl.bfloat16
+        context = LaunchContext(self.setup.target.arch, compute_type)
+        arguments = launch_arguments(names, product, tile, tensors, context)
+        values = [arguments[name] for name in names]
+        blocks = -(-tensors[Role.SORTED_TOKEN_IDS].shape[0] // tile.block_m) * -(-product.columns // tile.block_n)
+        launch = loaded.launcher[(blocks, 1, 1)]
+        return lambda: launch(*values)
+
+    # ---- clocks
+
+    def capture(self, calls: Sequence[Callable[[], None]]) -> Graph:
+        """Capture calls as one CUDA graph."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin()
+            try:
+                for call in calls:
+                    call()
+            finally:
+                graph.capture_end()
+        return Graph(graph, len(calls))
+
+    def replay(self, graph: Graph, times: int) -> list[float]:
+        """Replay a graph back to back: microseconds a launch of each replay."""
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
+        with torch.cuda.stream(self._stream):
+            events[0].record()
+            for event in events[1:]:
+                graph.graph.replay()
+                event.record()
+        events[-1].synchronize()
+        pairs = zip(events, events[1:], strict=False)
+        return [before.elapsed_time(after) * 1e3 / graph.launches for before, after in pairs]
+
+    def row_graph(self, kernel: Kernel, tokens: int) -> Graph:
+        """The graph of a loaded kernel's launches for one row: cold weights, mixed routings.
+
+        Raises:
+            TuneError: the kernel is not on the card.
+        """
+        loaded = self._loaded.get(kernel)
+        if not isinstance(loaded, Loaded):
+            raise TuneError(f"{kernel.tile} was to be timed but is not on the card.")
+        layer = self._layers[kernel.projection]
+        calls = []
+        for turn in range(self._launches(kernel.projection, tokens)):
+            aligned = self._align(tokens, kernel.tile.block_m, turn)
+            calls.append(self._launcher(loaded, tokens, layer.launch_tensors(tokens, aligned, turn)))
+        return self.capture(calls)
+
+    def time(self, kernel: Kernel, tokens: int, replays: int, best: float | None = None) -> Timing:
+        """Time a loaded kernel for one row.
+
+        Args:
+            replays: replays to take the median of, after one that is not counted.
+            best: the row's best time so far in microseconds; a kernel hopelessly slower gets its first replay only.
+        """
+        graph = self.row_graph(kernel, tokens)
+        first = self.replay(graph, 1)[0]
+        if best is not None and first > HOPELESS * best + 10:
+            return Timing(kernel, tokens, first, first, 1)
+        times = self.replay(graph, replays)
+        return Timing(kernel, tokens, statistics.median(times), min(times), replays)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = f"{type(error).__name__}: {error}".strip().splitlines()
+    return lines[0][:500] if lines else type(error).__name__

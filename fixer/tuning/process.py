@@ -1,0 +1,153 @@
+"""A child process that answers requests, one at a time, and is started anew when it dies or hangs.
+
+What measures on a card lives in one: a kernel that corrupts the CUDA context, hangs or exhausts memory costs one
+candidate and a few seconds, not the run.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from enum import Enum
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from fixer.errors import MoefixError, TuneError
+
+Handler = Callable[[Any], Any]
+Factory = Callable[[], Handler]
+"""Runs in the child and gives the function that answers; must be importable there (a `functools.partial` is)."""
+
+
+class Fate(Enum):
+    """Why there is no answer."""
+
+    CRASHED = "crashed"
+    TIMED_OUT = "timed out"
+
+
+class ChildProcess:
+    """A respawning child.
+
+    Args:
+        factory: builds the handler in the child.
+        start_seconds: how long building may take.
+    """
+
+    def __init__(self, factory: Factory, start_seconds: float = 180.0) -> None:
+        self._factory = factory
+        self._start_seconds = start_seconds
+        self._context = multiprocessing.get_context("spawn")  # a child of CUDA must not inherit anything
+        self._process: BaseProcess | None = None
+        self._pipe: Connection | None = None
+        self._is_ready = False
+        self._since = 0.0
+        self.restarts = -1
+
+    def start(self) -> None:
+        """Start the child without waiting until it is ready."""
+        if self._process is not None and self._process.is_alive():
+            return
+        self.close()
+        ours, theirs = self._context.Pipe()
+        self._process = self._context.Process(
+            target=_serve, args=(theirs, self._factory), daemon=True, name="moefix-measure"
+        )
+        self._process.start()
+        theirs.close()
+        self._pipe, self._is_ready, self._since = ours, False, time.monotonic()
+        self.restarts += 1
+
+    def wait_ready(self) -> None:
+        """Wait until the handler is built.
+
+        Raises:
+            MoefixError: what the factory raised; TuneError where it died or took too long.
+        """
+        self.start()
+        if self._is_ready or self._pipe is None:
+            return
+        left = self._since + self._start_seconds - time.monotonic()
+        try:
+            answer = self._pipe.recv() if self._pipe.poll(max(0.0, left)) else Fate.TIMED_OUT
+        except (EOFError, OSError):
+            answer = Fate.CRASHED
+        if isinstance(answer, MoefixError):
+            self.close()
+            raise answer
+        if isinstance(answer, Fate):
+            self.close()
+            raise TuneError(f"The measuring process could not start: it {answer.value}.", "See the lines above.")
+        self._is_ready = True
+
+    @property
+    def connection(self) -> Connection:
+        """The pipe on which an answer arrives (for `multiprocessing.connection.wait`)."""
+        if self._pipe is None:
+            raise TuneError("The measuring process is not running.")
+        return self._pipe
+
+    def send(self, request: Any) -> None:
+        """Send a request; its answer is read with `receive`."""
+        self.wait_ready()
+        with suppress(OSError):  # it died: `receive` says so
+            self.connection.send(request)
+
+    def receive(self, timeout: float) -> Any:
+        """The answer, or a Fate where there is none; after a Fate the child is gone and starts anew at the next send.
+
+        Raises:
+            MoefixError: the handler raised it.
+        """
+        try:
+            answer = self.connection.recv() if self.connection.poll(timeout) else Fate.TIMED_OUT
+        except (EOFError, OSError):
+            answer = Fate.CRASHED
+        if isinstance(answer, Fate):
+            self.close()
+        if isinstance(answer, MoefixError):
+            raise answer
+        return answer
+
+    def ask(self, request: Any, timeout: float) -> Any:
+        """Send a request and wait for its answer or its Fate."""
+        self.send(request)
+        return self.receive(timeout)
+
+    def close(self) -> None:
+        """End the child now."""
+        if self._process is not None and self._process.pid is not None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.kill()
+            self._process.join(10)
+        if self._pipe is not None:
+            self._pipe.close()
+        self._process = self._pipe = None
+        self._is_ready = False
+
+
+def _serve(pipe: Connection, factory: Factory) -> None:
+    """The child's life: build, say so, answer until the pipe closes. An error that is not moefix's ends it."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        handle = factory()
+    except MoefixError as error:
+        pipe.send(error)
+        return
+    pipe.send("ready")
+    with suppress(EOFError, OSError):
+        while True:
+            request = pipe.recv()
+            try:
+                answer = handle(request)
+            except MoefixError as error:
+                answer = error
+            pipe.send(answer)

@@ -1,0 +1,59 @@
+"""How to measure: the interface that a search is run against, with a card or a recording behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from .search import Search
+from .trials import Build, Kernel, Timing
+
+
+@dataclass(frozen=True)
+class Request:
+    """Compile a kernel and look at it once for each of some rows."""
+
+    kernel: Kernel
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a request came to; `timings` is empty unless the build is OK, and lacks the rows that failed."""
+
+    build: Build
+    timings: tuple[Timing, ...] = ()
+
+
+class Runner(Protocol):
+    """Measures kernels. Answers come in the order in which they are ready."""
+
+    def look(self, requests: Sequence[Request]) -> Iterator[Look]:
+        """Compile each kernel and take a short look at its rows; one answer a request."""
+        ...
+
+    def closer(self, wanted: Iterable[tuple[Kernel, int]], replays: int) -> Iterator[Timing]:
+        """Time kernels that have been looked at again, with more replays; what fails has no answer."""
+        ...
+
+
+CLOSER_LOOKS = ((0.03, 5), (0.012, 11), (0.006, 25))
+"""Halving: (how near to the row's best, replays it then gets)."""
+
+Observer = Callable[[Look], None]
+
+
+def run_search(search: Search, runner: Runner, on_look: Observer | None = None) -> None:
+    """Run a search to its end: rounds of looks, then ever closer looks at ever fewer."""
+    while kernels := search.next_kernels():
+        requests = [Request(kernel, tuple(search.sensible_rows(kernel.tile))) for kernel in kernels]
+        for look in runner.look(requests):
+            search.told(look.build)
+            for timing in look.timings:
+                search.timed(timing)
+            if on_look is not None:
+                on_look(look)
+    for within, replays in CLOSER_LOOKS:
+        for timing in runner.closer(search.close_calls(within, replays), replays):
+            search.timed(timing)

@@ -1,0 +1,316 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fixer import gpu
+from fixer.errors import CardError, UsageError
+from fixer.gpu import Card, find_card, kinds, known_cards, visible_cards, with_shared_memory_limit
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A driver with two cards of different kinds. It reads CUDA_VISIBLE_DEVICES as the real one does; NVML, as the real
+# one, does not, and numbers by bus id.
+FAKE_DRIVER = r"""
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+static const char *names[] = {"NVIDIA GeForce RTX 4090", "NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"};
+static const char *buses[] = {"00000000:01:00.0", "00000000:C1:00.0", "00000000:C1:00.0"};
+static const int major[] = {8, 9, 9}, minor[] = {9, 0, 0}, shared[] = {101376, 232448, 232448};
+static const size_t totals[] = {25386352640u, 84929347584u, 10468982784u};
+static int order[3] = {0, 1, 2}, count = 2, ready = 0;
+int cuInit(unsigned flags) {
+    const char *fault = getenv("FAKE_CUINIT"), *visible = getenv("CUDA_VISIBLE_DEVICES");
+    if (fault) return atoi(fault);
+    if (visible) for (count = 0; *visible >= '0' && *visible <= '2'; visible += visible[1] ? 2 : 1)
+        order[count++] = *visible - '0';
+    ready = flags == 0;
+    return count ? 0 : 100;
+}
+int cuGetErrorString(int code, const char **text) {
+    *text = "system has unsupported display driver / cuda driver combination";
+    return code == 803 ? 0 : 1;
+}
+int cuDeviceGetCount(int *n) { *n = count; return ready ? 0 : 3; }
+int cuDeviceGet(int *device, int index) { *device = order[index] + 40; return 0; }
+int cuDeviceGetName(char *name, int size, int d) { snprintf(name, size, "%s", names[d - 40]); return 0; }
+int cuDeviceGetPCIBusId(char *bus, int size, int d) { snprintf(bus, size, "%s", buses[d - 40]); return 0; }
+int cuDeviceTotalMem_v2(size_t *bytes, int d) { *bytes = totals[d - 40]; return 0; }
+int cuDeviceGetAttribute(int *value, int attribute, int d) {
+    if (getenv("FAKE_ATTRIBUTE")) return atoi(getenv("FAKE_ATTRIBUTE"));
+    switch (attribute) {
+        case 75: *value = major[d - 40]; return 0;
+        case 76: *value = minor[d - 40]; return 0;
+        case 97: *value = shared[d - 40]; return 0;
+    }
+    return 1;
+}
+"""
+FAKE_NVML = r"""
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+struct memory { unsigned long long total, free, used; };
+int nvmlInit_v2(void) { return getenv("FAKE_NVML") ? 9 : 0; }
+int nvmlShutdown(void) { return 0; }
+int nvmlSystemGetDriverVersion(char *text, unsigned size) { snprintf(text, size, "580.159.03"); return 0; }
+int nvmlDeviceGetHandleByPciBusId_v2(const char *bus, void **handle) {
+    *handle = (void *)(strstr(bus, ":C1:") ? 0x2000000001L : 0x1000000001L);
+    return 0;
+}
+int nvmlDeviceGetMemoryInfo(void *handle, struct memory *memory) {
+    memory->total = ((long)handle == 0x2000000001L ? 81559ULL : 24564ULL) << 20;
+    return 0;
+}
+"""
+CHILD = """
+import dataclasses, json, sys, time
+from fixer.errors import CardError
+from fixer.gpu import visible_cards
+began = time.monotonic()
+try:
+    cards = [dataclasses.asdict(card) for card in visible_cards()]
+except CardError as fault:
+    cards = fault.message
+print(json.dumps({"cards": cards, "torch": "torch" in sys.modules, "seconds": time.monotonic() - began}))
+"""
+
+
+@pytest.fixture(scope="module")
+def driver_folder(tmp_path_factory):
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler for the stand-in driver")
+    folder = tmp_path_factory.mktemp("driver")
+    for name, source in (("libcuda.so.1", FAKE_DRIVER), ("libnvidia-ml.so.1", FAKE_NVML)):
+        build = [compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", str(folder / name)]
+        subprocess.run(build, input=source, text=True, check=True)
+    return folder
+
+
+def seen(folder, **environ):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("CUDA_", "FAKE_"))}
+    env = {**clean, "LD_LIBRARY_PATH": str(folder), "PYTHONPATH": str(ROOT), **environ}
+    child = subprocess.run([sys.executable, "-c", CHILD], env=env, capture_output=True, text=True, check=True)
+    return json.loads(child.stdout)
+
+
+def test_two_kinds_of_cards_are_read_from_the_driver(driver_folder):
+    answer = seen(driver_folder)
+    assert answer["cards"] == [
+        {
+            "name": "NVIDIA GeForce RTX 4090",
+            "capability": [8, 9],
+            "shared_memory": 101376,
+            "memory_mib": 24564,
+            "index": 0,
+            "driver": "580.159.03",
+        },
+        {
+            "name": "NVIDIA H100 80GB HBM3",
+            "capability": [9, 0],
+            "shared_memory": 232448,
+            "memory_mib": 81559,
+            "index": 1,
+            "driver": "580.159.03",
+        },
+    ]
+    assert not answer["torch"]
+    assert answer["seconds"] < 1
+
+
+def test_visible_devices_choose_and_keep_their_own_memory(driver_folder):
+    cards = seen(driver_folder, CUDA_VISIBLE_DEVICES="1,0")["cards"]
+    assert [(card["name"], card["memory_mib"], card["index"]) for card in cards] == [
+        ("NVIDIA H100 80GB HBM3", 81559, 0),
+        ("NVIDIA GeForce RTX 4090", 24564, 1),
+    ]
+    assert seen(driver_folder, CUDA_VISIBLE_DEVICES="")["cards"] == []
+
+
+def test_a_mig_slice_has_its_own_memory_not_the_whole_cards(driver_folder):
+    (card,) = seen(driver_folder, CUDA_VISIBLE_DEVICES="2")["cards"]
+    assert (card["name"], card["memory_mib"]) == ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 10468982784 >> 20)
+
+
+def test_without_nvml_memory_comes_from_cuda(driver_folder):
+    cards = seen(driver_folder, FAKE_NVML="1")["cards"]
+    assert [card["memory_mib"] for card in cards] == [25386352640 >> 20, 84929347584 >> 20]
+
+
+def test_a_driver_error_is_named(driver_folder):
+    message = seen(driver_folder, FAKE_CUINIT="803")["cards"]
+    assert "803" in message
+    assert "unsupported display driver / cuda driver combination" in message
+    assert "cuInit" in message
+    assert "999" in seen(driver_folder, FAKE_CUINIT="999")["cards"]
+    assert "cuDeviceGetAttribute" in seen(driver_folder, FAKE_ATTRIBUTE="1")["cards"]
+
+
+@pytest.mark.parametrize("code", ["100", "34"])
+def test_no_device_and_stub_library_are_no_card(driver_folder, code):
+    assert seen(driver_folder, FAKE_CUINIT=code)["cards"] == []
+
+
+def test_no_driver_is_no_card(monkeypatch):
+    monkeypatch.setattr(gpu, "_CUDA_LIBRARY", "libcuda-that-is-not-there.so.1")
+    assert visible_cards() == ()
+
+
+def test_a_library_that_is_no_driver_is_an_error(monkeypatch):
+    monkeypatch.setattr(gpu, "_CUDA_LIBRARY", "libc.so.6")
+    with pytest.raises(CardError, match="cuInit"):
+        visible_cards()
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("4090", "NVIDIA GeForce RTX 4090"),
+        ("rtx4090", "NVIDIA GeForce RTX 4090"),
+        ("RTX 4090", "NVIDIA GeForce RTX 4090"),
+        ("geforce-rtx-4090", "NVIDIA GeForce RTX 4090"),
+        ("NVIDIA GeForce RTX 4090", "NVIDIA GeForce RTX 4090"),
+        ("NVIDIA_GeForce_RTX_4090", "NVIDIA GeForce RTX 4090"),
+        ("4090 D", "NVIDIA GeForce RTX 4090 D"),
+        ("RTX4090D", "NVIDIA GeForce RTX 4090 D"),
+        ("4090 laptop", "NVIDIA GeForce RTX 4090 Laptop GPU"),
+        ("3080Ti", "NVIDIA GeForce RTX 3080 Ti"),
+        ("3080", "NVIDIA GeForce RTX 3080"),
+        ("4070 ti super", "NVIDIA GeForce RTX 4070 Ti SUPER"),
+        ("H100", "NVIDIA H100 80GB HBM3"),
+        ("h100-pcie", "NVIDIA H100 PCIe"),
+        ("H100 NVL", "NVIDIA H100 NVL"),
+        ("H200", "NVIDIA H200"),
+        ("A100", "NVIDIA A100-SXM4-80GB"),
+        ("A100 40GB", "NVIDIA A100-SXM4-40GB"),
+        ("a100 pcie", "NVIDIA A100 80GB PCIe"),
+        ("A10", "NVIDIA A10"),
+        ("l40s", "NVIDIA L40S"),
+        ("T4", "Tesla T4"),
+        ("RTX PRO 6000", "NVIDIA RTX PRO 6000 Blackwell Workstation Edition"),
+        ("rtx pro 6000 max-q", "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition"),
+        ("RTX PRO 6000 Blackwell Server Edition", "NVIDIA RTX PRO 6000 Blackwell Server Edition"),
+        ("RTX 6000 Ada", "NVIDIA RTX 6000 Ada Generation"),
+        ("A6000", "NVIDIA RTX A6000"),
+        ("spark", "NVIDIA GB10"),
+        ("DGX Spark", "NVIDIA GB10"),
+        ("gb10", "NVIDIA GB10"),
+        ("Jetson Thor", "NVIDIA Thor"),
+        ("b300", "NVIDIA B300 SXM6 AC"),
+    ],
+)
+def test_names_as_people_write_them(text, name):
+    assert find_card(text).name == name
+
+
+@pytest.mark.parametrize(
+    ("text", "near"),
+    [
+        ("RTX 6000", "NVIDIA RTX 6000 Ada Generation"),
+        ("4091", "NVIDIA GeForce RTX 4090"),
+        ("Blackwell", "NVIDIA RTX PRO 5000 Blackwell"),
+        ("RTX PRO 6001", "NVIDIA RTX PRO 6000 Blackwell Workstation Edition"),
+    ],
+)
+def test_unknown_and_ambiguous_names_list_near_ones(text, near):
+    with pytest.raises(CardError) as caught:
+        find_card(text)
+    assert near in caught.value.message
+    assert "--smem-limit" in caught.value.hint
+    assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize(
+    "text", ["", "RTX", "  ", "GTX 1080 something", "\x00\x1b[31m", "Radeon RX 7900 XTX", "é" * 5000]
+)
+def test_nonsense_is_one_short_line(text):
+    with pytest.raises(CardError) as caught:
+        find_card(text)
+    assert caught.value.message.isprintable()
+    assert len(caught.value.message) < 600
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=80))
+def test_any_text_finds_a_card_or_says_so(text):
+    try:
+        found = find_card(text)
+    except CardError as fault:
+        message = fault.message
+    else:
+        message = ""
+        assert found in known_cards()
+    assert message == "" or message.isprintable()
+
+
+def test_every_name_of_the_table_finds_its_own_card():
+    for card in known_cards():
+        assert find_card(card.name).name == card.name
+        assert find_card(card.sglang_name).name == card.name
+
+
+def test_no_key_stands_for_two_names():
+    owners: dict[str, str] = {}
+    for entry in gpu._table():
+        for key in entry.keys:
+            assert owners.setdefault(key, entry.card.name) == entry.card.name
+
+
+def test_same_name_with_two_memory_sizes():
+    assert (find_card("4060 Ti").memory_mib, find_card("4060 Ti 16GB").memory_mib) == (8188, 16380)
+
+
+def test_numbers_that_sglang_decides_by():
+    wanted = {
+        "4090": ((8, 9), 101376, 24564),
+        "H100": ((9, 0), 232448, 81559),
+        "H200": ((9, 0), 232448, 143771),
+        "L40S": ((8, 9), 101376, 46068),
+        "RTX PRO 6000": ((12, 0), 101376, 97887),
+        "A100": ((8, 0), 166912, 81920),
+        "T4": ((7, 5), 65536, 15360),
+        "B200": ((10, 0), 232448, 183359),
+    }
+    for text, (capability, shared, memory) in wanted.items():
+        card = find_card(text)
+        assert (card.capability, card.shared_memory, card.memory_mib) == (capability, shared, memory)
+    assert find_card("4090").sglang_name == "NVIDIA_GeForce_RTX_4090"
+    assert find_card("B300").arch == 103
+
+
+def test_the_names_that_sglang_ships_files_for_are_known():
+    shipped = """NVIDIA_H100_80GB_HBM3 NVIDIA_H200 NVIDIA_B200 NVIDIA_A100-SXM4-80GB NVIDIA_H20 NVIDIA_A800-SXM4-80GB
+        NVIDIA_H20-3e NVIDIA_L40S NVIDIA_A100-SXM4-40GB NVIDIA_GeForce_RTX_4090 NVIDIA_H800 NVIDIA_L20
+        NVIDIA_RTX_PRO_6000_Blackwell_Max-Q_Workstation_Edition NVIDIA_RTX_PRO_6000_Blackwell_Server_Edition
+        NVIDIA_RTX_6000_Ada_Generation NVIDIA_RTX_5880_Ada_Generation NVIDIA_GB300 NVIDIA_GB10 NVIDIA_B300_SXM6_AC
+        NVIDIA_H200_NVL"""
+    assert set(shipped.split()) <= {card.sglang_name for card in known_cards()}
+
+
+def test_a_limit_only_lowers():
+    card = find_card("H100")
+    assert with_shared_memory_limit(card, 101376).shared_memory == 101376
+    assert with_shared_memory_limit(card, card.shared_memory) == card
+    for limit in (card.shared_memory + 1, 0, -1, 99):
+        with pytest.raises(UsageError) as caught:
+            with_shared_memory_limit(card, limit)
+        assert str(card.shared_memory) in caught.value.hint
+
+
+def test_kinds_group_by_what_a_tuning_depends_on():
+    first, second = Card("A", (8, 9), 101376, 1, index=0), Card("B", (9, 0), 232448, 1, index=1)
+    third = Card("A", (8, 9), 101376, 2, index=2)
+    limited = with_shared_memory_limit(third, 50000)
+    assert kinds((first, second, third)) == ((first, third), (second,))
+    assert kinds((first, limited)) == ((first,), (limited,))
+    assert kinds(()) == ()
