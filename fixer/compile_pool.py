@@ -27,6 +27,7 @@ class FixedDeadline:
     seconds: float = 120.0
 
     def __call__(self) -> float:
+        """Seconds that the next candidate may take."""
         return self.seconds
 
     def observe(self, seconds: float) -> None:
@@ -53,6 +54,7 @@ class AdaptiveDeadline:
     _seconds: list[float] = field(default_factory=list)
 
     def __call__(self) -> float:
+        """Seconds that the next candidate may take, from what is known so far."""
         if len(self._seconds) < self.enough:
             return self.first
         return min(self.first, max(self.least, self.factor * statistics.median(self._seconds)))

@@ -40,6 +40,13 @@ TRITON = "fused_moe_triton"
 """The kernel that moefix tunes."""
 
 
+_MOST_RANKS = 1024
+"""No advice names more ranks than this."""
+
+_FROM_VLLM = frozenset({"awq_marlin", "gptq_marlin", "awq", "gptq", "gguf", "bitsandbytes"})
+"""Methods that 0.4.9 takes from vLLM (layers/quantization/__init__.py of 0.4.9)."""
+
+
 class Outcome(Enum):
     """What SGLang does about a tuning file."""
 
@@ -196,14 +203,26 @@ def _indivisible(model: Model, flags: ServerFlags, layer: ExpertLayer, shard: _S
             f"SGLang stops: --tp-size {shard.tp} is more than the model's {layer.experts} experts; "
             "choose a smaller --tp-size"
         )
+    return _indivisible_heads(model, flags, layer, shard)
+
+
+def _indivisible_heads(model: Model, flags: ServerFlags, layer: ExpertLayer, shard: _Shard) -> str:
+    """Why the attention cannot be split over the ranks, "" where it can; key and value heads may be repeated."""
     heads = size(model.text_config, "num_attention_heads", required=False)
-    ranks = shard.tp // (flags.dp_size if flags.enable_dp_attention else 1)
-    if heads % ranks:
-        return (
-            f"SGLang stops: {heads} attention heads cannot be split over {ranks} ranks; "
-            "choose a --tp-size that divides them"
-        )
-    return ""
+    kv_heads = size(model.text_config, "num_key_value_heads", required=False) or heads
+    ranks = _attention_ranks(flags, shard.tp)
+    few, many = sorted((max(kv_heads, 1), ranks))
+    if heads % ranks == 0 and (layer.family.attention is not Attention.GROUPED or not heads or many % few == 0):
+        return ""
+    return (
+        f"SGLang stops: {heads} attention heads ({kv_heads} for keys and values) cannot be split over {ranks} ranks; "
+        "choose a --tp-size that divides them"
+    )
+
+
+def _attention_ranks(flags: ServerFlags, tp: int) -> int:
+    """Ranks that share one attention layer."""
+    return max(1, tp // flags.dp_size) if flags.enable_dp_attention else tp
 
 
 def _routed(flags: ServerFlags, layer: ExpertLayer) -> int:
@@ -244,11 +263,11 @@ def _rescue(layer: ExpertLayer | None, shard: _Shard) -> Callable[[int], str]:
     def advice(multiple: int) -> str:
         if layer is None:
             return "choose another --tp-size"
-        for ep in range(shard.ep + 1, shard.tp + 1):
+        for ep in range(shard.ep + 1, min(shard.tp, _MOST_RANKS) + 1):
             whole = shard.tp % ep == 0 and layer.experts % ep == 0
             if whole and layer.width % (shard.tp // ep) == 0 and layer.width // (shard.tp // ep) % multiple == 0:
                 return f"give --ep-size {ep}"
-        for tp in range(shard.tp - 1, 0, -1):
+        for tp in range(min(shard.tp - 1, _MOST_RANKS), 0, -1):
             if layer.width % tp == 0 and layer.width // tp % multiple == 0:
                 return f"give --tp-size {tp}"
         return "choose a checkpoint with another quantisation"
@@ -282,10 +301,14 @@ def _refusal(case: _Case) -> str:
     return ""
 
 
+# Their code names the Triton runner itself (w8a8_int8.py:333, blockwise_int8.py:363, moe_wna16.py:367).
+_TRITON_ALWAYS = frozenset({"w8a8_int8", "auto-round-int8", "blockwise_int8", "moe_wna16"})
+
+
 def _by_runner(case: _Case) -> Decision | None:
     """The decision where the user's runner, or the family's automatic one, is not the Triton kernel."""
     runner = case.flags.moe_runner_backend
-    if runner not in {"auto", "triton"}:
+    if runner not in {"auto", "triton"} and case.scheme.method not in _TRITON_ALWAYS:
         return _other(runner, f"--moe-runner-backend {runner} runs the experts")
     rule = _runner_rule(case)
     if rule is None:
@@ -360,15 +383,30 @@ def _outcome(case: _Case) -> tuple[Outcome, str]:
 def _doubt(case: _Case) -> str:
     """Why the answer is not certain, "" where it is."""
     layer, architecture = case.layer, case.model.architecture
-    if not layer.certain:
-        return f"moefix has no rules for {architecture}; worked out from the names of its config's fields"
-    if not layer.family.since:
-        return f"SGLang has no model class for {architecture}; worked out as SGLang's own tuner does"
-    if not at_least(case.release, layer.family.since):
-        return f"moefix does not know what SGLang {case.release} does with {architecture}"
-    if layer.varies:
-        return "the layers' experts differ in size; moefix plans for the first size that the config names"
-    return ""
+    runner, method = case.flags.moe_runner_backend, case.scheme.method
+    doubts = (
+        (
+            not layer.certain,
+            f"moefix has no rules for {architecture}; worked out from the names of its config's fields",
+        ),
+        (
+            runner not in {"auto", "triton"},
+            f"SGLang's {method} names its own kernel; moefix does not know how it goes with the runner {runner}",
+        ),
+        (
+            layer.certain and not layer.family.since,
+            f"SGLang has no model class for {architecture}; worked out as SGLang's own tuner does",
+        ),
+        (
+            bool(layer.family.since) and not at_least(case.release, layer.family.since),
+            f"moefix does not know what SGLang {case.release} does with {architecture}",
+        ),
+        (
+            layer.varies and not layer.family.pairs,
+            "the layers' experts differ in size; moefix plans for the first size that the config names",
+        ),
+    )
+    return next((text for true, text in doubts if true), "")
 
 
 def _workload(case: _Case) -> Workload:
@@ -472,9 +510,12 @@ def _notes(case: _Case) -> tuple[str, ...]:
         "with --enable-torch-compile a single token bypasses the file (unquantised experts)": (
             flags.enable_torch_compile and case.scheme.number_format is NumberFormat.NONE
         ),
+        f"SGLang {OLD} has {case.scheme.method} only with vLLM installed beside it": (
+            not at_least(case.release, NEW) and case.scheme.method in _FROM_VLLM
+        ),
         f"not read: {', '.join(flags.unread)}": bool(flags.unread),
-        "a list of sizes in the config: the text experts come first": isinstance(
-            look_up(case.model.text_config, case.layer.family.experts[0]), tuple
+        "planned for the text experts; SGLang looks for files of the vision experts too": (
+            case.layer.family.pairs and case.layer.varies
         ),
     }
     return tuple(text for text, true in notes.items() if true)
@@ -536,7 +577,9 @@ def _attention_shapes(model: Model, flags: ServerFlags) -> tuple[tuple[int, int]
         return ()
     kv_heads = size(config, "num_key_value_heads", required=False) or heads
     head = size(config, "head_dim", required=False) or hidden // heads
-    ranks = flags.tp_size // (flags.dp_size if flags.enable_dp_attention else 1)
+    ranks = _attention_ranks(flags, flags.tp_size)
+    if heads % ranks:
+        return ()
     own, own_kv = heads // ranks, max(1, kv_heads // ranks)
     shapes = {"self_attn.q_proj": ((own + 2 * own_kv) * head, hidden), "self_attn.o_proj": (hidden, own * head)}
     return tuple(shape for path, shape in shapes.items() if not _is_ignored(model, path))

@@ -124,6 +124,7 @@ class Family:
         inner: the language model's own architecture decides (multimodal shells).
         model_types: `model_type` values that mean this family inside a shell.
         shared_width: the field with the width of an unfused shared expert; "" for none.
+        pairs: a list of sizes is [text experts, vision experts], not one a layer.
     """
 
     architectures: tuple[str, ...]
@@ -142,6 +143,7 @@ class Family:
     inner: bool = False
     model_types: tuple[str, ...] = ()
     shared_width: str = ""
+    pairs: bool = False
 
 
 NONE = "none"
@@ -447,11 +449,17 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("gemma4_text",),
     ),
     Family(
-        ("Ernie4_5_MoeForCausalLM", "Ernie4_5_VLMoeForConditionalGeneration"),  # ernie4.py:103, ernie45_moe_vl.py:214
+        ("Ernie4_5_MoeForCausalLM",),  # ernie4.py:103
         experts=("moe_num_experts",),
         top_k=("moe_k",),
         attention=Attention.GROUPED,
         model_types=("ernie4_5_moe",),
+    ),
+    Family(
+        ("Ernie4_5_VLMoeForConditionalGeneration",),  # ernie45_moe_vl.py:214-249
+        experts=("moe_num_experts",),
+        top_k=("moe_k",),
+        pairs=True,
     ),
     Family(
         ("HunYuanMoEV1ForCausalLM",),  # hunyuan.py:136-165
@@ -657,14 +665,13 @@ def _first_size(config: Mapping[str, Any], names: tuple[str, ...], *, required: 
     """The first of the named sizes that is there, and whether it differs from layer to layer."""
     for name in names:
         value = look_up(config, name)
-        if isinstance(value, (list, tuple)) and value:
-            each = [_checked(name, item) for item in value[:1024]]
-            return next((item for item in each if item), 0), len(set(each)) > 1
-        if value is not None:
-            number = _checked(name, value)
-            if number or not required:
-                return number, False
-            raise ModelError(f"config.json: {name} is 0, which no MoE layer can have")
+        if value is None:
+            continue
+        sizes = [_checked(name, item) for item in value[:1024]] if isinstance(value, (list, tuple)) else []
+        number = next((each for each in sizes if each), 0) if sizes else _checked(name, value)
+        if number or not required:
+            return number, len(set(sizes)) > 1
+        raise ModelError(f"config.json: {name} is 0, which no MoE layer can have")
     if required:
         raise ModelError(f"config.json has experts, but no {' or '.join(names)}")
     return 0, False

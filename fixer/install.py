@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fixer.errors import StoreError
+from fixer.sglang_tree import BEFORE_MOEFIX, CONFIG_DIR_VARIABLE
 from fixer.store import (
     Damaged,
     check_file_name,
@@ -30,8 +31,8 @@ from fixer.store import (
 )
 from fixer.workload import Tile
 
-OVERLAY_VARIABLE = "SGLANG_MOE_CONFIG_DIR"
-BACKUP_SUFFIX = ".before-moefix"
+OVERLAY_VARIABLE = CONFIG_DIR_VARIABLE
+BACKUP_SUFFIX = BEFORE_MOEFIX
 MOST_ROWS = 1024
 
 

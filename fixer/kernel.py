@@ -1,4 +1,4 @@
-"""Compile one candidate of SGLang's kernel for one architecture, with neither a GPU nor PyTorch, and read what it needs.
+"""Compile one candidate of SGLang's kernel for one architecture, with neither a GPU nor PyTorch.
 
 The kernel is taken from SGLang's source file: its `@triton.jit` functions, with every other line left blank. Line
 numbers stay as they are on purpose: Triton's cache key holds a function's source and its line, so what is compiled

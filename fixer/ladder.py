@@ -24,6 +24,12 @@ MAX_ROWS = 24
 WORST_RATIO = 2
 """Neighbouring rows differ by this factor at most, so that no M is more than 1.5 times from its nearest row."""
 
+LARGEST_ROW = 131072
+"""No row is larger: above it the kernel's best configuration no longer changes."""
+
+_LARGEST_GRAPH = 16384
+"""Sizes of graphs are listed one by one up to here only, whatever the flags say."""
+
 DEFAULT_PREFILL_TOKENS = 16384
 """`--max-prefill-tokens` of every release, which counts where chunked prefill is off."""
 
@@ -110,7 +116,8 @@ def decode_graph_sizes(flags: ServerFlags, card: Card, release: str) -> tuple[in
     if flags.disable_cuda_graph:
         return ()
     largest = decode_graph_max_batch(flags, card, release)
-    sizes = set(flags.cuda_graph_bs) or {size for size in _decode_steps(flags, release, largest) if size <= largest}
+    steps = _decode_steps(flags, release, min(largest, _LARGEST_GRAPH))
+    sizes = set(flags.cuda_graph_bs) or {size for size in steps if size <= largest}
     sizes.add(largest)
     requests = _running_requests(flags)
     if requests is not None and largest > requests:
@@ -131,7 +138,7 @@ def prefill_graph_sizes(flags: ServerFlags, card: Card, release: str) -> tuple[i
     off = flags.disable_cuda_graph or flags.enable_two_batch_overlap or flags.moe_a2a_backend != "none"
     if off or not at_least(release, NEW):
         return ()
-    largest = _prefill_tokens(flags, card, release)
+    largest = min(_prefill_tokens(flags, card, release), _LARGEST_GRAPH)
     steps = ((4, 33, 4), (48, 257, 16), (288, 513, 32), (576, 1025, 64), (1280, 4097, 256), (4608, largest + 1, 512))
     return tuple(size for start, stop, step in steps for size in range(start, stop, step) if size <= largest)
 
@@ -162,10 +169,10 @@ def _kept_rows(flags: ServerFlags, card: Card, release: str, largest: int) -> fr
 
 
 def _largest(flags: ServerFlags, card: Card, release: str) -> int:
-    """The largest M that the server runs."""
+    """The largest M that the server runs, or `LARGEST_ROW`."""
     decode = _decode_tokens(flags, card, release)
     prefill = _prefill_tokens(flags, card, release) * _dp_ranks(flags)
-    return max(decode, prefill + (decode if flags.enable_mixed_chunk else 0), 1)
+    return min(max(decode, prefill + (decode if flags.enable_mixed_chunk else 0)), LARGEST_ROW)
 
 
 def _prefill_tokens(flags: ServerFlags, card: Card, release: str) -> int:

@@ -106,6 +106,10 @@ class _UnreachableError(Exception):
         self.error = error
 
 
+class _NoSuchFileError(HubError):
+    """The repository is there, the file is not."""
+
+
 def load_model(name: str, flags: ServerFlags, *, hub: Hub | None = None) -> Model:
     """The model of that name: a folder, a hub id ("owner/name"), or a name of the catalogue.
 
@@ -213,17 +217,20 @@ def _from_hub(name: str, flags: ServerFlags, hub: Hub, known: CatalogueEntry | N
     """From the hub, or where that is out of reach from the catalogue."""
     try:
         config, commit = _fetch(name, "config.json", flags.revision, hub)
-        try:
-            quant: Path | None = _fetch(name, "hf_quant_config.json", commit or flags.revision, hub)[0]
-        except HubError:
-            quant = None
     except _UnreachableError as out:
         if known is None:
             raise out.error from None
         return _from_catalogue(known, f"{out.error.message}; ")
-    return _Files(
-        read_json(config), read_json(quant) if quant is not None else None, commit or flags.revision, Source.HUB
-    )
+    parsed, note = read_json(config), ""
+    quant: Mapping[str, Any] | None = None
+    try:
+        quant = read_json(_fetch(name, "hf_quant_config.json", flags.revision, hub)[0])
+    except _NoSuchFileError:
+        pass  # most models have none
+    except _UnreachableError:
+        # SGLang takes it as not there as well (model_config.py:1200-1211).
+        note = "the hub is out of reach: config.json is the cache's, which has no hf_quant_config.json"
+    return _Files(parsed, quant, commit or flags.revision, Source.HUB, note)
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------
@@ -237,14 +244,16 @@ def _fetch(name: str, filename: str, revision: str | None, hub: Hub) -> tuple[Pa
         _UnreachableError: it says nothing, and the cache does not have the file.
     """
     try:
-        return _before(hub.deadline_s, lambda: _download(name, filename, revision, hub))
+        return _before(hub.deadline_s, lambda late: _download(name, filename, revision, hub, late))
     except (HubError, _UnreachableError):
         raise
     except Exception as error:  # the client's own, its transport's (which differs by version), or a full disk
         raise _refusal(name, filename, revision, error) from None
 
 
-def _download(name: str, filename: str, revision: str | None, hub: Hub) -> tuple[Path, str | None]:
+def _download(
+    name: str, filename: str, revision: str | None, hub: Hub, late: threading.Event
+) -> tuple[Path, str | None]:
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     def cached() -> Path:
@@ -268,10 +277,12 @@ def _download(name: str, filename: str, revision: str | None, hub: Hub) -> tuple
             raise refusal from None
     if about.size is not None and about.size > MAX_CONFIG_BYTES:
         raise HubError(f"{name}: {filename} on the hub is larger than {MAX_CONFIG_BYTES >> 20} MiB")
+    if late.is_set():  # nobody waits any more: spare the client's own retries
+        raise _UnreachableError(HubError(f"the hub was too slow for {name}", _OFFLINE_HINT))
     path = hf_hub_download(
         name,
         filename,
-        revision=about.commit_hash or revision,
+        revision=revision,  # not the commit: the cache files what "main" is only when asked for it
         endpoint=hub.endpoint,
         token=hub.token,
         cache_dir=hub.cache,
@@ -280,20 +291,25 @@ def _download(name: str, filename: str, revision: str | None, hub: Hub) -> tuple
     return Path(path), about.commit_hash or revision
 
 
-def _before(seconds: float, task: Callable[[], _T]) -> _T:
-    """The task's result, or `_UnreachableError` after that many seconds, however slowly bytes trickle in."""
+def _before(seconds: float, task: Callable[[threading.Event], _T]) -> _T:
+    """The task's result, or `_UnreachableError` after that many seconds, however slowly bytes trickle in.
+
+    The task is given an event that says that nobody waits for it any more.
+    """
+    late = threading.Event()
     results: list[_T] = []
     faults: list[Exception] = []
 
     def run() -> None:
         try:
-            results.append(task())
+            results.append(task(late))
         except Exception as error:  # handed over to the caller's thread
             faults.append(error)
 
     worker = threading.Thread(target=run, daemon=True)
     worker.start()
     worker.join(seconds)
+    late.set()
     if faults:
         raise faults[0]
     if not results:
@@ -329,7 +345,7 @@ def _refusal(name: str, filename: str, revision: str | None, error: Exception) -
     if isinstance(error, errors.LocalEntryNotFoundError):
         return _UnreachableError(HubError(f"{at} is not in the cache, and the hub is out of reach", _OFFLINE_HINT))
     if isinstance(error, errors.EntryNotFoundError):
-        return HubError(f"{at} has no {filename}", "moefix needs a model in Hugging Face's format")
+        return _NoSuchFileError(f"{at} has no {filename}", "moefix needs a model in Hugging Face's format")
     if isinstance(error, errors.HFValidationError):
         return HubError(f"{at} is no name that the hub takes", "check the name and --revision")
     status_code = _status(error)

@@ -111,8 +111,7 @@ def resolve(question: Question) -> Scheme:
     method, refusal = method_of(question)
     if refusal:
         return Scheme(Fate.LOAD_ERROR, method, reason=refusal, label=method)
-    scheme = HANDLERS.get(method, _unknown)(question, replace(_PLAIN, method=method, label=method))
-    return scheme
+    return HANDLERS.get(method, _unknown)(question, replace(_PLAIN, method=method, label=method))
 
 
 _PLAIN = Scheme(Fate.TRITON, NONE, label=NONE)
@@ -227,9 +226,8 @@ def _gptq_marlin(config: Mapping[str, Any], arch: int) -> bool:
     """Whether Marlin takes a GPTQ checkpoint (gptq/gptq.py:429-451)."""
     needed = ("bits", "group_size", "sym", "desc_act")
     known = all(config.get(name) is not None for name in needed)
-    kind = (config.get("bits"), config.get("sym"))
-    groups = (-1, 32, 64, 128)
-    return known and arch >= 80 and kind in {(4, True), (8, True)} and config.get("group_size") in groups
+    fits = config.get("bits") in (4, 8) and config.get("sym") is True
+    return known and arch >= 80 and fits and config.get("group_size") in (-1, 32, 64, 128)
 
 
 def _wna16_fits(found: str, config: Mapping[str, Any]) -> bool:
@@ -302,9 +300,8 @@ def _matches(entry: str, name: str, match: Match) -> bool:
             return safe_match(entry[3:], name)
         return entry == name or name.endswith("." + entry)
     bare = entry.rstrip(".").removeprefix("model.")
-    own = name.removeprefix("model.")
     # An entry for single experts or projections counts for the fused module (utils.py:115-122).
-    return f".{bare}." in f".{own}." or ("experts" in entry and own in bare)
+    return f".{bare}." in f".{name}." or ("experts" in entry and name in f"model.{bare}")
 
 
 def _wildcard(entry: str, name: str) -> bool:
@@ -474,6 +471,8 @@ def _awq(question: Question, scheme: Scheme) -> Scheme:
     config = question.quant_config or {}
     group = _integer(config, "group_size", 128)
     if _marlin_takes(question, group):
+        if question.runner != "auto" and at_least(question.release, NEW):  # awq/schemes/awq_moe.py:132
+            return _refuse(scheme, "SGLang stops: AWQ experts want --moe-runner-backend auto; leave it out")
         return _other(scheme, "marlin", "SGLang serves AWQ experts with the Marlin kernel")
     return _wna16(question, scheme)
 
@@ -546,7 +545,7 @@ def _auto_round(question: Question, scheme: Scheme) -> Scheme:
     bits, group = _integer(config, "bits", 4), _integer(config, "group_size", 128)
     symmetric = bool(config.get("sym", True))
     packing = _text(config.get("packing_format")) + _text(config.get("backend"))
-    marlin = (bits, symmetric) in {(4, True), (8, True)} and _marlin_takes(question, group) and question.arch >= 80
+    marlin = bits in (4, 8) and symmetric and _marlin_takes(question, group) and question.arch >= 80
     if "awq" in packing:
         marlin = bits == 4 and _marlin_takes(question, group) and question.arch >= 80
         to_triton = not marlin

@@ -34,6 +34,10 @@ CONFIG_DIR_VARIABLE = "SGLANG_MOE_CONFIG_DIR"
 """Names a folder that REPLACES SGLang's own tree of tuning files (CFG:91)."""
 
 
+BEFORE_MOEFIX = ".before-moefix"
+"""What moefix appends to the name of a file that it replaces; empty where there was none."""
+
+
 @dataclass(frozen=True)
 class Release:
     """A release that moefix fetches by itself: any one wheel of it will do, since it is only read.
@@ -216,25 +220,38 @@ class Tree:
             parts.append("per_channel_quant=True")
         return ",".join(parts) + ("_down" if projection is Projection.DOWN else "") + ".json"
 
-    def lookup(self, workload: Workload, card: Card) -> Lookup:
-        """Follow SGLang's search: the running Triton's folder, then every other, newest first (CFG:91-140)."""
+    def lookup(self, workload: Workload, card: Card, *, without_moefix: bool = False) -> Lookup:
+        """Follow SGLang's search: the running Triton's folder, then every other, newest first (CFG:91-140).
+
+        Args:
+            without_moefix: look past what moefix installed, as if it had never run: the file that was there before,
+                or none.
+        """
+        find = self._find_before_moefix if without_moefix else self._find
         up_name = self.file_name(workload, card, Projection.GATE_UP)
         down_name = self.file_name(workload, card, Projection.DOWN)
-        up_path = self._find(up_name)
-        down_path = self._find(down_name) if down_name else None
+        up_path = find(up_name)
+        down_path = find(down_name) if down_name else None
         found = Found.NONE
         if up_path is not None:
             found = Found.SHIPPED if up_path.parent == self.triton_folder else Found.OTHER_TRITON
         return Lookup(f"configs/{_triton_folder(self.triton)}", up_name, down_name, found, up_path, down_path)
 
-    def _find(self, name: str) -> Path | None:
-        exact = self.triton_folder / name
-        if exact.exists():
-            return exact
-        for folder in sorted(self.configs.glob("triton_*"), key=_version_of_folder, reverse=True):
-            if (folder / name).exists():
+    def _find(self, name: str, besides: Path | None = None) -> Path | None:
+        folders = sorted(self.configs.glob("triton_*"), key=_version_of_folder, reverse=True)
+        for folder in (self.triton_folder, *folders):
+            if folder != besides and (folder / name).exists():
                 return folder / name
         return None
+
+    def _find_before_moefix(self, name: str) -> Path | None:
+        before = self.triton_folder / (name + BEFORE_MOEFIX)
+        if not before.exists():
+            return self._find(name)
+        if before.stat().st_size > 0:
+            return before
+        # Empty: there was no file of that name here, so SGLang went on to the other folders.
+        return self._find(name, besides=self.triton_folder)
 
     def shipped_files(self) -> Iterator[TuningFile]:
         """Every tuning file for an NVIDIA card that SGLang ships and that can be read, in a stable order."""

@@ -397,6 +397,8 @@ class RowChoice:
         gate_up_us, down_us: the chosen tiles' times.
         sglang_gate_up_us, sglang_down_us: the times of what SGLang would have used.
         noise: run-to-run spread of a time, as a fraction of it.
+        layer_us, sglang_layer_us: the whole layer's time through SGLang's own path, with these tiles and with SGLang's
+            own.
         decision: why these tiles.
 
     Raises:
@@ -412,6 +414,8 @@ class RowChoice:
     sglang_gate_up_us: float | None = None
     sglang_down_us: float | None = None
     noise: float | None = None
+    layer_us: float | None = None
+    sglang_layer_us: float | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.batch <= 1 << 24:
@@ -420,18 +424,23 @@ class RowChoice:
             raise ValueError(f"row {self.batch}: gate_up and down differ in BLOCK_SIZE_M")
         if self.gate_up.use_tma:
             raise ValueError(f"row {self.batch}: USE_TMA is for the down projection only")
-        for value in self.times:
+        for value in (*self.times, *self.layer_times):
             if value is not None and not (math.isfinite(value) and 0 < value <= 1e9):
                 raise ValueError(f"row {self.batch}: {value} is no time in microseconds")
         if self.noise is not None and not 0 <= self.noise <= 1000:
             raise ValueError(f"row {self.batch}: {self.noise} is no noise fraction")
-        if self.decision is not Decision.FITTING_ONLY and None in self.times:
+        if self.decision is not Decision.FITTING_ONLY and None in self.times and None in self.layer_times:
             raise ValueError(f"row {self.batch}: {self.decision.value} without all four times")
 
     @property
     def times(self) -> tuple[float | None, ...]:
-        """The four medians."""
+        """The four medians of single kernels."""
         return (self.gate_up_us, self.down_us, self.sglang_gate_up_us, self.sglang_down_us)
+
+    @property
+    def layer_times(self) -> tuple[float | None, ...]:
+        """The two medians of the whole layer."""
+        return (self.layer_us, self.sglang_layer_us)
 
 
 SCHEMA = 1
@@ -677,6 +686,8 @@ def _read_row(reader: _Reader) -> RowChoice:
         sglang_gate_up_us=reader.optional_number("sglang_gate_up_us"),
         sglang_down_us=reader.optional_number("sglang_down_us"),
         noise=reader.optional_number("noise"),
+        layer_us=reader.optional_number("layer_us"),
+        sglang_layer_us=reader.optional_number("sglang_layer_us"),
     )
 
 

@@ -136,7 +136,7 @@ def test_geometry(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", CONFIGS)
-@pytest.mark.parametrize("bad", [-1, 1.5, True, "64", 2**40, {}])
+@pytest.mark.parametrize("bad", [-1, 0, 1.5, True, "64", 2**40, {}, [], [0], [8, "x"]])
 def test_a_bad_size_is_named(architecture: str, bad: object) -> None:
     config, _ = CONFIGS[architecture]
     family, _certain = family_of(architecture, config)

@@ -12,6 +12,7 @@ from fixer.flags import ServerFlags, parse_flags
 from fixer.gpu import Card
 from fixer.ladder import (
     BASE_ROWS,
+    LARGEST_ROW,
     MAX_ROWS,
     chunked_prefill_size,
     decode_graph_max_batch,
@@ -152,3 +153,13 @@ def test_no_row_the_server_runs_is_far_from_a_tuned_one(
     largest = max(16384 if chunk_now < 0 else chunk_now * ranks, decode)
     assert worst(rows, min(largest, 20000)) <= 1.5
     assert rows[-1] >= largest or largest <= BASE_ROWS[-1]
+
+
+@pytest.mark.parametrize("words", [["--chunked-prefill-size", "2147483647"], ["--cuda-graph-max-bs", "2147483647"]])
+def test_absurd_sizes_cost_nothing(words: list[str]) -> None:
+    flags = parse_flags([*words, "--disable-cuda-graph-padding"])
+    rows = ladder(flags, card(24564), "0.5.17", WORKLOAD)
+    assert len(rows) <= MAX_ROWS
+    assert rows[-1] == LARGEST_ROW
+    assert len(decode_graph_sizes(flags, card(24564), "0.5.17")) < 20000
+    assert len(prefill_graph_sizes(flags, card(24564), "0.5.17")) < 20000

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -254,6 +256,42 @@ def test_the_hub_gives_two_files_at_most(tmp_path: Path) -> None:
     # The second time the hub is gone, and the client's cache has it.
     again = load_model("owner/name", ServerFlags(), hub=hub(endpoint, tmp_path))
     assert again.architecture == "Qwen3MoeForCausalLM"
+    assert "cache" in again.note
+
+
+def in_a_process(**environment: str) -> "subprocess.CompletedProcess[str]":
+    program = (
+        "from fixer.model import load_model\nfrom fixer.flags import ServerFlags\n"
+        "from fixer.errors import MoefixError\n"
+        "try: print(load_model('Qwen/Qwen3-30B-A3B', ServerFlags()).source.value)\n"
+        "except MoefixError as error: print(error.message)"
+    )
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    root = Path(__file__).parents[1]
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env={**kept, **environment},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+
+
+def test_the_clients_environment_is_honoured(tmp_path: Path) -> None:
+    site = Site()
+    home = str(tmp_path)
+    with serve(site) as endpoint:
+        online = in_a_process(HF_ENDPOINT=endpoint, HF_HOME=home, HF_TOKEN=TOKEN)
+        assert online.stdout == "hub\n"
+        assert f"Bearer {TOKEN}" in site.tokens
+        asked = len(site.requests)
+        assert in_a_process(HF_ENDPOINT=endpoint, HF_HOME=home, HF_HUB_OFFLINE="1").stdout == "hub\n"
+        bare = in_a_process(HF_ENDPOINT=endpoint, HF_HOME=home + "/other", HF_HUB_OFFLINE="1")
+        assert bare.stdout == "catalogue\n"
+        assert len(site.requests) == asked
+    assert TOKEN not in online.stdout + online.stderr
 
 
 def test_the_revision_is_asked_for(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ BLOCK = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_si
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
 NVFP4 = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}
+AUTO_ROUND = {"quant_method": "auto-round", "bits": 4, "group_size": 128}
 HF_FP8 = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}
 
 
@@ -99,9 +100,9 @@ def test_formats_of_the_triton_kernel(config: Any, flag: str | None, expected: t
         (GPTQ, "moe_wna16", "auto", 768, (NumberFormat.INT4_W4A16, 128, False)),
         ({**GPTQ, "bits": 8}, "moe_wna16", "auto", 768, (NumberFormat.INT8_W8A16, 128, False)),
         (CT_INT4, None, "triton", 768, (NumberFormat.INT4_W4A16, 128, False)),
-        ({"quant_method": "auto-round", "bits": 4, "group_size": 128}, None, "auto", 768, (NumberFormat.INT4_W4A16, 128, False)),
+        (AUTO_ROUND, None, "auto", 768, (NumberFormat.INT4_W4A16, 128, False)),
     ],
-)  # fmt: skip
+)
 def test_weight_only(config: Any, flag: str | None, runner: str, width: int, expected: tuple[Any, ...]) -> None:
     scheme = ask(config, flag=flag, runner=runner, width=width)
     assert scheme.fate is Fate.TRITON, scheme.reason
@@ -126,7 +127,7 @@ def test_weight_only(config: Any, flag: str | None, runner: str, width: int, exp
         ({"quant_method": "gguf"}, 89, None, "0.5.17", "gguf"),
         ({"quant_method": "w4afp8"}, 90, None, "0.5.17", "cutlass_w4a8"),
         ({"quant_method": "mxfp8"}, 100, None, "0.5.17", "flashinfer_trtllm"),
-        ({"quant_method": "auto-round", "bits": 4, "group_size": 128}, 89, None, "0.5.23", "marlin"),
+        (AUTO_ROUND, 89, None, "0.5.23", "marlin"),
     ],
 )
 def test_other_kernels(config: Any, arch: int, flag: str | None, release: str, kernel: str) -> None:
@@ -217,6 +218,7 @@ def test_ignored_experts_are_unquantised(config: Any) -> None:
         ("mlp.expert", Match.PATH, False),
         ("layers.3", Match.PATH, True),
         ("model.layers.30.mlp.experts", Match.PATH, False),
+        ("mtp.layers.3.mlp.experts", Match.PATH, False),
         ("lm_head", Match.NAME, False),
         ("mlp.experts", Match.NAME, True),
         ("model.layers.3", Match.NAME, False),
@@ -264,3 +266,8 @@ def test_nonsense_is_refused(config: Any) -> None:
 )
 def test_checkpoint_method(config: Any, method: str) -> None:
     assert checkpoint_method(config) == method
+
+
+def test_awq_takes_no_runner() -> None:
+    assert ask(AWQ, runner="triton").fate is Fate.LOAD_ERROR
+    assert ask(AWQ, runner="triton", width=192).fate is Fate.TRITON

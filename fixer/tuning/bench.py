@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,22 @@ import torch
 
 from fixer.errors import CardError, TuneError
 from fixer.kernel import Candidate, Target, kernel_function, warm_kernel
-from fixer.kernel_arguments import LaunchContext, Product, Role, launch_arguments, operands, padded_tokens
-from fixer.workload import Projection, Tile, Workload
+from fixer.kernel_arguments import LaunchContext, Product, Role, launch_arguments, padded_tokens
+from fixer.workload import Projection, Workload
 
+from .clock import Clock, Graph
+from .finals import Duel, KernelDuel, TilePair, Via, rounds_for
 from .space import BOTH
 from .tensors import (
+    COLD_FACTOR,
     MIX,
     Aligned,
     Layer,
     Routing,
     align,
     choose_experts,
+    copies_for_cold_weights,
+    l2_bytes,
     make_layer,
     needed_bytes,
     reference,
@@ -36,9 +40,6 @@ MAX_ERROR = 0.02
 
 CHECK_TOKENS = 37
 """M of the comparison with the reference: odd, so that partly filled blocks are part of it."""
-
-COLD_FACTOR = 4
-"""Consecutive launches read this many times the L2 cache before they come back to the same weights."""
 
 HOPELESS = 1.5
 """A first replay this many times slower than the row's best is not looked at again."""
@@ -76,14 +77,6 @@ class Loaded:
     build: Build
 
 
-@dataclass(frozen=True)
-class Graph:
-    """A captured sequence of launches; `replay` runs it, and one launch is a `launches`-th of it."""
-
-    graph: torch.cuda.CUDAGraph
-    launches: int
-
-
 class Bench:
     """One card's tensors and clocks for one workload.
 
@@ -95,7 +88,7 @@ class Bench:
         self.setup = setup
         torch.cuda.set_device(setup.device)
         self._device = torch.device("cuda", setup.device)
-        self._stream = torch.cuda.Stream(self._device)
+        self._clock = Clock(self._device)
         self._generator = torch.Generator(self._device).manual_seed(setup.seed)
         self._loaded: dict[Kernel, Loaded | Build] = {}
         self._chosen: dict[int, list[torch.Tensor]] = {}
@@ -105,15 +98,10 @@ class Bench:
 
     # ---- tensors
 
-    @cached_property
-    def _l2_bytes(self) -> int:
-        return int(torch.cuda.get_device_properties(self._device).L2_cache_size)
-
     def _make_layers(self) -> dict[Projection, Layer]:
         workload, most = self.setup.workload, max(*self.setup.rows, CHECK_TOKENS)
         products = {projection: Product(workload, projection, most) for projection in BOTH}
-        weights = {p: operands(product, Tile(16, 32, 64, 1), 16)[Role.B].bytes for p, product in products.items()}
-        copies = {p: max(1, min(16, -(-COLD_FACTOR * self._l2_bytes // weights[p]))) for p in BOTH}
+        copies = {p: copies_for_cold_weights(self._device, [products[p]]) for p in BOTH}
         free, _ = torch.cuda.mem_get_info(self._device)
         needed = sum(needed_bytes(workload, most, copies[p], (products[p],)) for p in BOTH)
         if needed * 1.1 + (512 << 20) > free:
@@ -127,8 +115,8 @@ class Bench:
         """How many launches make one graph: enough to read several times the L2 cache, in whole routing mixes."""
         weights = self._layers[projection].weights[0]
         touched = min(self.setup.workload.experts, tokens * self.setup.workload.top_k) * weights[0].nbytes
-        wanted = -(-COLD_FACTOR * self._l2_bytes // max(touched, 1))
-        return max(len(MIX), min(24, -(-wanted // len(MIX)) * len(MIX)))
+        wanted = -(-COLD_FACTOR * l2_bytes(self._device) // max(touched, 1))
+        return int(max(len(MIX), min(24, -(-wanted // len(MIX)) * len(MIX))))
 
     def _choice(self, tokens: int, turn: int) -> torch.Tensor:
         workload = self.setup.workload
@@ -171,9 +159,9 @@ class Bench:
             return Build(kernel, Outcome.TOO_MUCH_SHARED_MEMORY, shared, message=_first_line(error))
         build = Build(kernel, Outcome.OK, shared, int(launcher.n_regs), int(launcher.n_spills))
         loaded = Loaded(kernel, launcher, build)
-        error = self._error_of(loaded)
-        if error > MAX_ERROR:
-            return Build(kernel, Outcome.WRONG_RESULT, shared, message=f"relative error {error:.3g}")
+        wrong_by = self._error_of(loaded)
+        if wrong_by > MAX_ERROR:
+            return Build(kernel, Outcome.WRONG_RESULT, shared, message=f"relative error {wrong_by:.3g}")
         return loaded
 
     def _error_of(self, loaded: Loaded) -> float:
@@ -209,31 +197,7 @@ class Bench:
         launch = loaded.launcher[(blocks, 1, 1)]
         return lambda: launch(*values)
 
-    # ---- clocks
-
-    def capture(self, calls: Sequence[Callable[[], None]]) -> Graph:
-        """Capture calls as one CUDA graph."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin()
-            try:
-                for call in calls:
-                    call()
-            finally:
-                graph.capture_end()
-        return Graph(graph, len(calls))
-
-    def replay(self, graph: Graph, times: int) -> list[float]:
-        """Replay a graph back to back: microseconds a launch of each replay."""
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
-        with torch.cuda.stream(self._stream):
-            events[0].record()
-            for event in events[1:]:
-                graph.graph.replay()
-                event.record()
-        events[-1].synchronize()
-        pairs = zip(events, events[1:], strict=False)
-        return [before.elapsed_time(after) * 1e3 / graph.launches for before, after in pairs]
+    # ---- times
 
     def row_graph(self, kernel: Kernel, tokens: int) -> Graph:
         """The graph of a loaded kernel's launches for one row: cold weights, mixed routings.
@@ -249,7 +213,7 @@ class Bench:
         for turn in range(self._launches(kernel.projection, tokens)):
             aligned = self._align(tokens, kernel.tile.block_m, turn)
             calls.append(self._launcher(loaded, tokens, layer.launch_tensors(tokens, aligned, turn)))
-        return self.capture(calls)
+        return self._clock.capture(calls)
 
     def time(self, kernel: Kernel, tokens: int, replays: int, best: float | None = None) -> Timing:
         """Time a loaded kernel for one row.
@@ -259,11 +223,33 @@ class Bench:
             best: the row's best time so far in microseconds; a kernel hopelessly slower gets its first replay only.
         """
         graph = self.row_graph(kernel, tokens)
-        first = self.replay(graph, 1)[0]
+        first = self._clock.replay([graph], 1)[0][0]
         if best is not None and first > HOPELESS * best + 10:
             return Timing(kernel, tokens, first, first, 1)
-        times = self.replay(graph, replays)
+        times = self._clock.replay([graph], replays)[0]
         return Timing(kernel, tokens, statistics.median(times), min(times), replays)
+
+    def duel(self, tokens: int, own: TilePair | None, tuned: TilePair) -> KernelDuel:
+        """Time two pairs in turn for one row, kernel by kernel.
+
+        Returns:
+            The duel, with `own` empty where SGLang's pair does not run here, and each kernel's median.
+        """
+        if own is not None and any(self.load(kernel).outcome is not Outcome.OK for kernel in own.kernels):
+            own = None
+        for kernel in tuned.kernels:
+            self.load(kernel)
+        kernels = list(dict.fromkeys([*(own.kernels if own else ()), *tuned.kernels]))
+        graphs = [self.row_graph(kernel, tokens) for kernel in kernels]
+        first = self._clock.replay(graphs, 1)
+        rounds = rounds_for(sum(times[0] * graph.launches for times, graph in zip(first, graphs, strict=True)))
+        times = dict(zip(kernels, self._clock.replay(graphs, rounds), strict=True))
+
+        def sums(pair: TilePair) -> tuple[float, ...]:
+            return tuple(up + down for up, down in zip(*(times[kernel] for kernel in pair.kernels), strict=True))
+
+        medians = {kernel: statistics.median(values) for kernel, values in times.items()}
+        return KernelDuel(Duel(tokens, Via.KERNELS, sums(own) if own else (), sums(tuned)), medians)
 
 
 def _first_line(error: BaseException) -> str:

@@ -69,12 +69,27 @@ class ChildProcess:
         Raises:
             MoefixError: what the factory raised; TuneError where it died or took too long.
         """
+        left = self._since + self._start_seconds - time.monotonic()
+        if not self.is_ready(max(0.0, left) if self._process is not None else self._start_seconds):
+            self.close()
+            raise TuneError("The measuring process did not become ready in time.", "See the lines above.")
+
+    def is_ready(self, timeout: float = 0.0) -> bool:
+        """Whether the handler is built, after waiting at most `timeout` seconds; starts the child where there is none.
+
+        Raises:
+            MoefixError: what the factory raised; TuneError where it died or took too long.
+        """
         self.start()
         if self._is_ready or self._pipe is None:
-            return
-        left = self._since + self._start_seconds - time.monotonic()
+            return self._is_ready
         try:
-            answer = self._pipe.recv() if self._pipe.poll(max(0.0, left)) else Fate.TIMED_OUT
+            if not self._pipe.poll(timeout):
+                if time.monotonic() < self._since + self._start_seconds:
+                    return False
+                answer: Any = Fate.TIMED_OUT
+            else:
+                answer = self._pipe.recv()
         except (EOFError, OSError):
             answer = Fate.CRASHED
         if isinstance(answer, MoefixError):
@@ -84,6 +99,7 @@ class ChildProcess:
             self.close()
             raise TuneError(f"The measuring process could not start: it {answer.value}.", "See the lines above.")
         self._is_ready = True
+        return True
 
     @property
     def connection(self) -> Connection:

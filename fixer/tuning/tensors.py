@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -143,7 +144,7 @@ _ANY_TILE = Tile(16, 32, 64, 1)
 def make_layer(product: Product, copies: int, generator: torch.Generator) -> Layer:
     """Random operands for a projection, with room for `product.tokens` tokens."""
     shapes = operands(product, _ANY_TILE, sorted_length=16)
-    tensors = {}
+    tensors: dict[Role, torch.Tensor] = {}
     for role, operand in shapes.items():
         if role in (Role.SORTED_TOKEN_IDS, Role.EXPERT_IDS, Role.TOKENS_POST_PADDED, Role.B):
             continue
@@ -232,7 +233,22 @@ def _spread(scale: torch.Tensor, dimension: int, block: int, size: int) -> torch
 def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
     """The Frobenius norm of the difference over that of the reference; NaN counts as infinitely wrong."""
     error = ((out.float() - expected).norm() / expected.norm()).item()
-    return error if error == error else float("inf")
+    return float("inf") if math.isnan(error) else error
+
+
+COLD_FACTOR = 4
+"""Consecutive launches read this many times the L2 cache before they come back to the same weights."""
+
+
+def l2_bytes(device: torch.device) -> int:
+    """The size of a card's L2 cache."""
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+def copies_for_cold_weights(device: torch.device, products: Sequence[Product]) -> int:
+    """Copies of some products' weights that together are several times the L2 cache; at most 16."""
+    one = sum(operands(product, _ANY_TILE, 16)[Role.B].bytes for product in products)
+    return max(1, min(16, -(-COLD_FACTOR * l2_bytes(device) // one)))
 
 
 def needed_bytes(workload: Workload, tokens: int, copies: int, projection_products: tuple[Product, ...]) -> int:

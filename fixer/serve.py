@@ -1,0 +1,196 @@
+"""From a command line to a tuned, running server, and the same without the server."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from fixer.errors import MoefixError
+from fixer.install import Installation, Pair, install_pair
+from fixer.launch import MoefixOptions, become_server, split_flags
+from fixer.progress import terminal_progress
+from fixer.situation import TUNABLE, Situation, look_around
+from fixer.store import Artefact, Decision, data_home, find_artefact, save_artefact
+from fixer.workload import Workload
+
+if TYPE_CHECKING:
+    from fixer.plan import Plan
+
+
+def serve(argv: Sequence[str]) -> NoReturn:
+    """Plan; tune what has no kept, matching artefact; install; then become SGLang's server with the user's flags.
+
+    Raises:
+        MoefixError: what makes serving pointless (no such model, no card, no SGLang). A failed tuning is a warning,
+            and an error only with --moefix-strict.
+    """
+    options, server_flags = split_flags(argv)
+    say = Voice(quiet=options.quiet)
+    home = data_home(options.home)
+    situation = look_around(server_flags, home=home, sglang_root=options.sglang_root, smem_limit=options.smem_limit)
+    installations = prepare(situation, options, home, say)
+    environment = {name: value for installation in installations for name, value in installation.env}
+    if options.dry_run:
+        say.line("dry run: the server is not started")
+        sys.exit(0)
+    become_server(server_flags, environment.items())
+
+
+@dataclass(frozen=True)
+class Voice:
+    """What moefix says on standard error; `quiet` leaves only warnings."""
+
+    quiet: bool = False
+
+    def line(self, text: str) -> None:
+        """Something that is good to know."""
+        if not self.quiet:
+            self.warning(text)
+
+    def warning(self, text: str) -> None:
+        """Something that must be known."""
+        print(f"moefix: {text}", file=sys.stderr, flush=True)
+
+
+def prepare(situation: Situation, options: MoefixOptions, home: Path, say: Voice) -> list[Installation]:
+    """Have a tuned pair of files in SGLang's tree for each kind of card, where SGLang reads one."""
+    installations = []
+    for kind, decision in enumerate(situation.decisions):
+        card = situation.cards[kind][0]
+        say.line(f"{situation.model.name} on {card.name}, SGLang {situation.tree.version}: {decision.reason}")
+        for note in filter(None, (situation.model.note, *decision.notes)):
+            say.line(note)
+        if decision.outcome not in TUNABLE or decision.workload is None:
+            say.line("nothing to tune")
+            continue
+        try:
+            artefact = artefact_for(situation, kind, decision.workload, options, home, say)
+            if artefact is not None:
+                installations.append(install(artefact, situation, home, say))
+        except MoefixError as error:
+            if options.strict:
+                raise
+            say.warning(f"{error.message} {error.hint}".strip())
+            installations += fitting_instead(situation, kind, home, say)
+    return installations
+
+
+def artefact_for(
+    situation: Situation, kind: int, workload: Workload, options: MoefixOptions, home: Path, say: Voice
+) -> Artefact | None:
+    """The kept artefact that holds here, else a new one; None where there is none and none is wanted."""
+    from fixer.tune import covers, environment_of
+
+    environment = environment_of(situation.tree, situation.cards[kind][0])
+    found = find_artefact(home, environment, workload)
+    for damaged in found.damaged:
+        say.warning(str(damaged))
+    rows = situation.rows(kind)
+    if found.artefact is not None and not options.fresh:
+        if covers(found.artefact, rows):
+            say.line(f"tuned before on {found.artefact.created}: nothing to measure")
+            return found.artefact
+        say.line("tuned before, but this server runs batch sizes that it does not know: tuning those")
+    elif found.mismatch is not None:
+        say.line(f"an earlier tuning is not used: {'; '.join(found.mismatch.reasons)}")
+    if options.skip_tune:
+        return found.artefact
+    known = {row.batch for row in found.artefact.rows} if found.artefact else set()
+    return tune_kind(situation, kind, tuple(sorted({*rows, *known})), options, home, say)
+
+
+def tune_kind(
+    situation: Situation, kind: int, rows: tuple[int, ...], options: MoefixOptions, home: Path, say: Voice
+) -> Artefact:
+    """Measure, and keep the result."""
+    from fixer.tune import Job, geometric_gain, tune
+
+    workload = situation.decisions[kind].workload
+    assert workload is not None
+    job = Job(
+        tree=situation.tree,
+        workload=workload,
+        cards=situation.cards[kind],
+        rows=rows,
+        model=situation.model.name,
+        revision=situation.model.revision or "",
+        home=home,
+        fresh=options.fresh,
+        layer_package=importable_package(situation),
+    )
+    with terminal_progress(quiet=options.quiet) as progress:
+        tuned = tune(job, progress)
+    for note in tuned.notes:
+        say.warning(note)
+    save_artefact(home, tuned.artefact)
+    say.line(verdict(tuned.artefact, geometric_gain(tuned.artefact)))
+    say.line("time: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in tuned.timeline.items()))
+    return tuned.artefact
+
+
+def importable_package(situation: Situation) -> Path | None:
+    """SGLang's package folder if the server runs from it, else None (a tree that was only unpacked to be read)."""
+    package = situation.tree.package
+    return package if (package / "launch_server.py").is_file() else None
+
+
+def verdict(artefact: Artefact, gain: float | None) -> str:
+    """One line that says what tuning came to."""
+    counts = {decision: sum(row.decision is decision for row in artefact.rows) for decision in Decision}
+    rows = f"{counts[Decision.TUNED]} rows faster than SGLang's own, {counts[Decision.KEPT_SGLANG]} kept as they were"
+    if counts[Decision.FITTING_ONLY]:
+        rows += f", {counts[Decision.FITTING_ONLY]} where SGLang's own does not run on this card"
+    took = f"tuned {len(artefact.rows)} batch sizes in {artefact.seconds:.0f} s: {rows}"
+    return took if gain is None else f"{took}; {100 * (gain - 1):.1f} % less time on average"
+
+
+def install(artefact: Artefact, situation: Situation, home: Path, say: Voice) -> Installation:
+    """Put an artefact's pair of files where SGLang looks."""
+    pair = Pair(
+        artefact.gate_up_file,
+        artefact.down_file,
+        {row.batch: row.gate_up for row in artefact.rows},
+        {row.batch: row.down for row in artefact.rows},
+    )
+    installation = install_pair(situation.tree.triton_folder, pair, home, situation.tree.version)
+    for note in installation.notes:
+        say.line(note)
+    say.line(f"installed {installation.gate_up_path} and {installation.down_path.name}")
+    return installation
+
+
+def fitting_instead(situation: Situation, kind: int, home: Path, say: Voice) -> list[Installation]:
+    """After a failed tuning: SGLang's own configuration where it fits the card, else one that was compiled to fit."""
+    from fixer.compiled import CompileCache
+    from fixer.plan import Verdict, compiler_for, make_plan
+
+    card = situation.cards[kind][0]
+    try:
+        with CompileCache(home) as cache:
+            compiler = compiler_for(situation.tree, card, home, cache)
+            plan = make_plan(situation.model, situation.flags, card, situation.tree, compiler)
+        pair = fitting_pair(plan) if plan.verdict is Verdict.OUT_OF_RESOURCES else None
+        if pair is None:
+            say.warning("serving with SGLang's own configuration, which fits this card")
+            return []
+        say.warning("serving with a configuration that fits this card and was not measured")
+        return [install_pair(situation.tree.triton_folder, pair, home, situation.tree.version)]
+    except MoefixError as error:
+        say.warning(f"serving with SGLang's own configuration: {error.message}")
+        return []
+
+
+def fitting_pair(plan: Plan) -> Pair | None:
+    """The plan's proposed pair of files; None where a row has no proposal."""
+    if plan.lookup is None or any(row.proposed is None for row in plan.rows):
+        return None
+    proposed = {row.tokens: row.proposed for row in plan.rows if row.proposed is not None}
+    return Pair(
+        plan.lookup.gate_up,
+        plan.lookup.down,
+        {tokens: pair.gate_up for tokens, pair in proposed.items()},
+        {tokens: pair.down for tokens, pair in proposed.items()},
+    )

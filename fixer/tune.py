@@ -1,0 +1,401 @@
+"""Tune one workload on the cards of one kind: from candidates to an artefact with a verdict for every row."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fixer import __version__
+from fixer.compile_pool import CompilePool, FixedDeadline
+from fixer.errors import MoefixError, SGLangError, TuneError
+from fixer.gpu import Card
+from fixer.kernel import Target, read_kernel_source
+from fixer.progress import Progress
+from fixer.sglang_tree import Lookup, Tree, own_choices
+from fixer.store import Artefact, Decision, Environment, Lock, RowChoice, safe_name, utc_now
+from fixer.tuning.finals import Duel, DuelRequest, KernelDuel, TilePair
+from fixer.tuning.journal import Journal, JournaledRunner, RunKey
+from fixer.tuning.process import ChildProcess, Fate, Handler
+from fixer.tuning.runner import Look, run_search
+from fixer.tuning.search import Limits, Search
+from fixer.tuning.seeds import seeds
+from fixer.tuning.space import Space
+from fixer.tuning.trials import Outcome
+from fixer.tuning.warm import server_candidates, server_triton_cache
+from fixer.workload import Projection, Workload
+
+if TYPE_CHECKING:
+    from fixer.tuning.card_runner import CardRunner
+
+DUEL_SECONDS = 60.0
+"""A row's duel may take this long; the first one may build SGLang's own CUDA kernels (see LAYER_START_SECONDS)."""
+
+LAYER_START_SECONDS = 90.0
+"""How long the finals wait for SGLang to be imported before they go on without its layer."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to tune, where, and for whom.
+
+    Attributes:
+        tree: SGLang's.
+        workload: the layer on one shard.
+        cards: the cards to measure on, all of one kind.
+        rows: every M to choose for, ascending.
+        model, revision: for the record.
+        home: the data folder.
+        exhaustive: sweep the whole space instead of searching it.
+        fresh: forget what the journal has of this workload.
+        layer_package: an importable `sglang` package for the finals, None for finals on the bare kernels.
+    """
+
+    tree: Tree
+    workload: Workload
+    cards: tuple[Card, ...]
+    rows: tuple[int, ...]
+    model: str
+    revision: str
+    home: Path
+    exhaustive: bool = False
+    fresh: bool = False
+    layer_package: Path | None = None
+
+    @property
+    def card(self) -> Card:
+        """The kind of card."""
+        return self.cards[0]
+
+    @property
+    def target(self) -> Target:
+        """What to compile for."""
+        return Target(read_kernel_source(self.tree.kernel_source), self.card.arch, self.home / "cache" / "kernels")
+
+    @property
+    def environment(self) -> Environment:
+        """What the measurements will depend on."""
+        return environment_of(self.tree, self.card)
+
+
+def environment_of(tree: Tree, card: Card) -> Environment:
+    """Everything that makes an artefact hold or not."""
+    return Environment(
+        card=card.name,
+        capability=card.capability,
+        shared_memory=card.shared_memory,
+        driver=card.driver,
+        triton=tree.triton,
+        sglang=tree.version,
+        kernel_hash=read_kernel_source(tree.kernel_source).sha256,
+        moefix=__version__,
+    )
+
+
+@dataclass
+class Timeline:
+    """Where the time goes: seconds by phase, in order."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _last: float = field(default_factory=time.monotonic)
+    _began: float = field(default_factory=time.monotonic)
+
+    def mark(self, phase: str) -> None:
+        """The time since the last mark belongs to this phase."""
+        now = time.monotonic()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+    @property
+    def total(self) -> float:
+        """Seconds since the beginning."""
+        return time.monotonic() - self._began
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning came to.
+
+    Attributes:
+        artefact: the rows with their verdicts.
+        looks: every kernel that was tried.
+        resumed: how many of them came from the journal.
+        timeline: seconds by phase.
+        notes: what a user should know.
+    """
+
+    artefact: Artefact
+    looks: tuple[Look, ...]
+    resumed: int
+    timeline: Mapping[str, float]
+    notes: tuple[str, ...]
+
+
+def tune(job: Job, progress: Progress) -> Tuned:
+    """Search, warm the server's kernel cache, hold the finals.
+
+    Raises:
+        MoefixError: measuring failed as a whole; what was measured is in the journal.
+    """
+    if not job.tree.reads_down_file:
+        raise SGLangError(
+            f"SGLang {job.tree.version} reads one joint file for both projections, which moefix does not tune.",
+            f"Use SGLang 0.5.17 or newer; `moefix plan` works for {job.tree.version} too.",
+        )
+    lock = job.home / "locks" / f"{safe_name(job.card.sglang_name)}.lock"
+
+    def say_who(seconds: float, holder: str) -> None:
+        if seconds < 0.5:
+            progress.note(f"another moefix is tuning on this volume ({holder}); waiting for it")
+
+    with Lock(lock, waiting=say_who):
+        return _Session(job, progress).run()
+
+
+class _Session:
+    """One tuning run."""
+
+    def __init__(self, job: Job, progress: Progress) -> None:
+        self._job = job
+        self._progress = progress
+        self._timeline = Timeline()
+        self._notes: list[str] = []
+        self._layer_failed = False
+        self._target = job.target
+        # What SGLang would run if moefix had never installed anything.
+        self._lookup: Lookup = job.tree.lookup(job.workload, job.card, without_moefix=True)
+        choose = own_choices(job.tree, self._lookup, job.workload, job.card)
+        self._own = {tokens: TilePair(choose(tokens).gate_up, choose(tokens).down) for tokens in job.rows}
+
+    def run(self) -> Tuned:
+        job = self._job
+        with ExitStack() as stack:
+            journal = Journal(job.home / "journal.sqlite", RunKey(job.environment, job.workload))
+            stack.callback(journal.close)
+            self._notes += journal.notes
+            if job.fresh:
+                journal.forget()
+            runner = stack.enter_context(self._card_runner())
+            layer = self._start_layer(stack)
+            journaled = JournaledRunner(runner, journal)
+            search = self._search()
+            looks = self._run_search(search, journaled)
+            self._timeline.mark("search")
+            chosen = self._choices(search)
+            self._warm(chosen)
+            self._timeline.mark("compiling for the server")
+            rows = self._finals(chosen, runner, layer, looks)
+            self._timeline.mark("finals")
+            if runner.restarts:
+                self._notes.append(f"the measuring process was started anew {runner.restarts} times")
+        artefact = Artefact(
+            environment=job.environment,
+            model=job.model,
+            revision=job.revision,
+            workload=job.workload,
+            gate_up_file=self._lookup.gate_up,
+            down_file=self._lookup.down,
+            rows=rows,
+            created=utc_now(),
+            seconds=round(self._timeline.total, 1),
+            measured=True,
+        )
+        return Tuned(artefact, tuple(looks.values()), journaled.resumed, self._timeline.seconds, tuple(self._notes))
+
+    # ---- search
+
+    def _card_runner(self) -> CardRunner:
+        from fixer.tuning.card_runner import CardRunner  # imports PyTorch: only where a card is used
+
+        job = self._job
+        return CardRunner(
+            job.workload,
+            self._target,
+            devices=[card.index or 0 for card in job.cards],
+            rows=job.rows,
+            shared_limit=job.card.shared_memory,
+            folder=job.home / "cache" / "triton-search",
+        )
+
+    def _search(self) -> Search:
+        job = self._job
+        own = list(dict.fromkeys(tile for pair in self._own.values() for tile in (pair.gate_up, pair.down)))
+        if job.exhaustive:
+            everything = tuple(Space(job.workload).all())
+            limits = Limits(seeds=len(everything), kernels=2 * len(everything) + 2 * len(own))
+            return Search(job.workload, job.rows, everything, own, limits)
+        return Search(job.workload, job.rows, seeds(job.tree.shipped_files(), job.workload, job.card), own)
+
+    def _run_search(self, search: Search, runner: JournaledRunner) -> dict[object, Look]:
+        looks: dict[object, Look] = {}
+        self._progress.phase("search", search.limits.kernels)
+
+        def on_look(look: Look) -> None:
+            looks[look.build.kernel] = look
+            self._progress.advance(f"{look.build.kernel.projection.value} {look.build.kernel.tile}")
+
+        run_search(search, runner, on_look)
+        good = sum(look.build.outcome is Outcome.OK for look in looks.values())
+        self._progress.note(
+            f"searched {len(looks)} kernels in {self._timeline.total:.1f} s"
+            f" ({good} usable, {runner.resumed} known from the journal)"
+        )
+        return looks
+
+    def _choices(self, search: Search) -> dict[int, TilePair]:
+        chosen = {}
+        for tokens in self._job.rows:
+            pairs = search.best_pairs(tokens)
+            if not pairs:
+                raise TuneError(
+                    f"Not one configuration could be timed for M={tokens}.",
+                    "See the journal's outcomes with `moefix tune --fresh -v`, or serve with --moefix-skip-tune.",
+                )
+            tiles = pairs[0].tiles
+            chosen[tokens] = TilePair(tiles[Projection.GATE_UP], tiles[Projection.DOWN])
+        return chosen
+
+    # ---- what the server will compile
+
+    def _warm(self, chosen: Mapping[int, TilePair]) -> None:
+        """Both sides of each duel, so that any verdict finds its kernels compiled."""
+        job = self._job
+        candidates = server_candidates(job.workload, chosen, job.rows[-1])
+        own = {tokens: pair for tokens, pair in self._own.items() if pair != chosen[tokens]}
+        if own:
+            candidates += server_candidates(job.workload, own, job.rows[-1])
+        self._progress.phase("compiling for the server", len(candidates))
+        with CompilePool(self._target, server_triton_cache(), deadline=FixedDeadline(60.0)) as pool:
+            pool.submit(dict.fromkeys(candidates))
+            for _ in pool.drain():
+                self._progress.advance()
+
+    # ---- finals
+
+    def _start_layer(self, stack: ExitStack) -> ChildProcess | None:
+        """Begin to import SGLang now; it takes about as long as the search."""
+        job = self._job
+        if job.layer_package is None:
+            return None
+        factory = partial(
+            _layer_handler, job.layer_package, job.workload, job.card.index or 0, job.rows[-1], server_triton_cache()
+        )
+        child = ChildProcess(factory, LAYER_START_SECONDS)
+        stack.callback(child.close)
+        child.start()
+        return child
+
+    def _finals(
+        self,
+        chosen: Mapping[int, TilePair],
+        runner: CardRunner,
+        layer: ChildProcess | None,
+        looks: Mapping[object, Look],
+    ) -> tuple[RowChoice, ...]:
+        self._progress.phase("finals", len(chosen))
+        rows = []
+        for tokens, tuned in chosen.items():
+            own: TilePair | None = self._own[tokens]
+            if own is not None and not self._runs(own, looks):
+                own = None
+            request = DuelRequest(tokens, None if own == tuned else own, tuned)
+            layer_duel = self._layer_duel(layer, request)
+            kernel_duel = self._kernel_duel(runner, request)
+            rows.append(row_choice(request, self._own[tokens], layer_duel, kernel_duel))
+            self._progress.advance(f"M={tokens}")
+        return tuple(rows)
+
+    @staticmethod
+    def _runs(pair: TilePair, looks: Mapping[object, Look]) -> bool:
+        """Whether SGLang's own pair runs on this card; a TMA tile is not tried by the search and has its duel."""
+        known = [looks[kernel] for kernel in pair.kernels if kernel in looks]
+        return all(look.build.outcome is Outcome.OK for look in known)
+
+    def _layer_duel(self, layer: ChildProcess | None, request: DuelRequest) -> Duel | None:
+        if layer is None or self._layer_failed:
+            return None
+        try:
+            answer = layer.ask(request, DUEL_SECONDS)
+        except MoefixError as error:
+            answer, why = None, error.message
+        else:
+            why = answer.value if isinstance(answer, Fate) else ""
+        if isinstance(answer, Duel):
+            return answer
+        self._layer_failed = True
+        self._notes.append(f"the finals ran on the bare kernels, not through SGLang's layer: {why}")
+        return None
+
+    @staticmethod
+    def _kernel_duel(runner: CardRunner, request: DuelRequest) -> KernelDuel | None:
+        own = None if request.own is None or request.own.use_tma else request.own
+        if request.tuned.use_tma:
+            return None
+        return runner.duel(DuelRequest(request.tokens, own, request.tuned))
+
+
+def _layer_handler(package: Path, workload: Workload, device: int, most_tokens: int, cache: Path) -> Handler:
+    import os
+
+    os.environ["TRITON_CACHE_DIR"] = str(cache)
+    from fixer.tuning.layer_bench import LayerSetup, layer_handler
+
+    return layer_handler(LayerSetup(package, workload, device, most_tokens))
+
+
+def row_choice(request: DuelRequest, sglang_own: TilePair, layer: Duel | None, kernels: KernelDuel | None) -> RowChoice:
+    """A row's verdict from its duels.
+
+    Args:
+        request: what was timed; its `own` is None where SGLang's own is the winner itself, or does not run.
+        sglang_own: SGLang's own pair, timed or not.
+        layer: the duel through SGLang's layer, None where there was none: then the kernels' duel decides.
+        kernels: the duel of the bare kernels, for the single kernels' times.
+
+    Raises:
+        TuneError: nothing was timed.
+    """
+    judge = layer or (kernels.duel if kernels else None)
+    if judge is None:
+        raise TuneError(f"The finals could not time M={request.tokens}.")
+    same = request.tuned == sglang_own
+    unjudged = request.own is not None and not judge.own  # a TMA file, and no layer to time it through
+    keeps = same or unjudged or (request.own is not None and not judge.is_won)
+    pair = sglang_own if keeps else request.tuned
+    medians = kernels.medians if kernels else {}
+
+    def median_of(pair: TilePair, projection: int) -> float | None:
+        return medians.get(pair.kernels[projection])
+
+    layer_us = statistics.median(layer.tuned) if layer else None
+    own_layer_us = statistics.median(layer.own) if layer and layer.own else (layer_us if same else None)
+    times = (median_of(pair, 0), median_of(pair, 1), median_of(sglang_own, 0), median_of(sglang_own, 1))
+    layer_times = (own_layer_us if keeps else layer_us, own_layer_us)
+    decision = Decision.KEPT_SGLANG if keeps else Decision.TUNED
+    if None in times and None in layer_times:
+        decision = Decision.FITTING_ONLY
+    noise = judge.noise if judge.own and judge.noise < 1000 else None
+    return RowChoice(request.tokens, pair.gate_up, pair.down, decision, *times, noise, *layer_times)
+
+
+def covers(artefact: Artefact, rows: Sequence[int]) -> bool:
+    """Whether an artefact has every row that a server needs."""
+    return set(rows) <= {row.batch for row in artefact.rows}
+
+
+def geometric_gain(artefact: Artefact, within: Callable[[int], bool] = lambda _: True) -> float | None:
+    """By which factor the artefact's rows are faster than SGLang's own, None where nothing was compared."""
+    ratios = []
+    for row in artefact.rows:
+        ours, own = (row.layer_us, row.sglang_layer_us)
+        if (ours is None or own is None) and None not in row.times:
+            up, down, own_up, own_down = row.times
+            ours, own = (up or 0.0) + (down or 0.0), (own_up or 0.0) + (own_down or 0.0)
+        if ours and own and within(row.batch):
+            ratios.append(own / ours)
+    return statistics.geometric_mean(ratios) if ratios else None

@@ -1,0 +1,209 @@
+"""Measure on cards: compiling processes feed one measuring process a card.
+
+Compiling and timing overlap; a kernel that is compiled waits for the card only while the card is busy with another.
+With several cards of a kind each has its share of the rows, so that a row's candidates are compared on one card.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from multiprocessing.connection import wait
+from pathlib import Path
+from types import TracebackType
+
+from fixer.compile_pool import AdaptiveDeadline, CompilePool
+from fixer.kernel import Candidate, Compiled, CompileOutcome, Target
+from fixer.workload import Projection, Workload
+
+from .bench import Setup
+from .finals import DuelRequest, KernelDuel
+from .measure import LookAt, TimeCloser, measuring_handler
+from .process import ChildProcess, Fate
+from .runner import Look, Request
+from .trials import Build, Kernel, Outcome, Timing
+
+LOOK_SECONDS = 30.0
+"""A kernel that keeps the card busy for longer hangs, or is of no use."""
+
+OUTCOMES = {
+    CompileOutcome.FAILED: Outcome.COMPILE_ERROR,
+    CompileOutcome.DEADLINE: Outcome.COMPILE_DEADLINE,
+    CompileOutcome.CRASHED: Outcome.CRASHED,
+}
+FATES = {Fate.CRASHED: Outcome.CRASHED, Fate.TIMED_OUT: Outcome.TIMED_OUT}
+
+
+@dataclass
+class _Card:
+    """One card's measuring process, what it works on, and what waits for it."""
+
+    child: ChildProcess
+    rows: frozenset[int]
+    waiting: deque[Request] = field(default_factory=deque)
+    current: Request | None = None
+    since: float = 0.0
+
+
+@dataclass
+class _Answer:
+    """A request's parts as they come in from the cards."""
+
+    build: Build
+    missing: int
+    timings: list[Timing] = field(default_factory=list)
+
+
+class CardRunner:
+    """The `Runner` with cards behind it.
+
+    Args:
+        workload: the layer.
+        target: SGLang's kernel and the cards' architecture.
+        devices: CUDA's indices of the cards to use, all of one kind.
+        rows: every M that may be asked for.
+        shared_limit: bytes of shared memory a block may use.
+        folder: where compiled candidates are kept while the search lasts.
+        workers: compiling processes; None for one a core.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        target: Target,
+        *,
+        devices: Sequence[int],
+        rows: Sequence[int],
+        shared_limit: int,
+        folder: Path,
+        workers: int | None = None,
+    ) -> None:
+        self._workload = workload
+        self._limit = shared_limit
+        self._pool = CompilePool(target, folder, workers, AdaptiveDeadline())
+        setup = Setup(workload, target, folder, devices[0], tuple(rows), shared_limit)
+        self._cards = [
+            _Card(
+                ChildProcess(partial(measuring_handler, replace(setup, device=device))),
+                frozenset(rows[position :: len(devices)]),
+            )
+            for position, device in enumerate(devices)
+        ]
+        self._best: dict[tuple[Projection, int], float] = defaultdict(lambda: float("inf"))
+        for card in self._cards:
+            card.child.start()
+
+    def __enter__(self) -> CardRunner:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._pool.close()
+        for card in self._cards:
+            card.child.close()
+
+    @property
+    def restarts(self) -> int:
+        """How often a measuring process had to be started anew."""
+        return sum(max(0, card.child.restarts) for card in self._cards)
+
+    def look(self, requests: Sequence[Request]) -> Iterator[Look]:
+        """Compile and look; see `Runner.look`."""
+        by_candidate = {self._candidate(request.kernel): request for request in requests}
+        answers: dict[Kernel, _Answer] = {}
+        self._pool.submit(by_candidate)
+        while self._pool.busy or answers:
+            for candidate, compiled in self._pool.poll():
+                request = by_candidate[candidate]
+                build = self._judge(request.kernel, compiled)
+                if build.outcome is Outcome.OK:
+                    answers[request.kernel] = _Answer(build, self._hand_out(request))
+                else:
+                    yield Look(build)
+            self._send_waiting()
+            yield from self._receive(answers)
+
+    def _candidate(self, kernel: Kernel) -> Candidate:
+        return Candidate(self._workload, kernel.projection, kernel.tile)
+
+    def _judge(self, kernel: Kernel, compiled: Compiled) -> Build:
+        outcome = OUTCOMES.get(compiled.outcome, Outcome.OK)
+        if outcome is Outcome.OK and compiled.shared_bytes > self._limit:
+            outcome = Outcome.TOO_MUCH_SHARED_MEMORY
+        return Build(
+            kernel,
+            outcome,
+            compiled.shared_bytes,
+            compile_seconds=compiled.seconds,
+            message=compiled.message,
+        )
+
+    def _hand_out(self, request: Request) -> int:
+        """Queue a request's rows at the cards that have them; how many cards that is."""
+        shares = 0
+        for card in self._cards:
+            rows = tuple(tokens for tokens in request.rows if tokens in card.rows)
+            if rows or (not request.rows and card is self._cards[0]):
+                card.waiting.append(Request(request.kernel, rows))
+                shares += 1
+        return shares
+
+    def _send_waiting(self) -> None:
+        for card in self._cards:
+            if card.current is None and card.waiting and card.child.is_ready():
+                card.current = request = card.waiting.popleft()
+                card.since = time.monotonic()
+                best = {tokens: self._best[request.kernel.projection, tokens] for tokens in request.rows}
+                card.child.send(LookAt(request.kernel, request.rows, best))
+
+    def _receive(self, answers: dict[Kernel, _Answer]) -> Iterator[Look]:
+        """Wait for a card's answer or a compiled kernel, and give back the requests that are now complete."""
+        cards = [card.child.connection for card in self._cards if card.current is not None or card.waiting]
+        ready = wait([*self._pool.connections, *cards], timeout=0.25)  # deadlines are looked after in between
+        for card in self._cards:
+            request = card.current
+            if request is None:
+                continue
+            if card.child.connection not in ready and time.monotonic() - card.since < LOOK_SECONDS:
+                continue
+            card.current = None
+            part = card.child.receive(0.0)
+            answer = answers[request.kernel]
+            answer.missing -= 1
+            self._merge(answer, part)
+            if answer.missing == 0:
+                del answers[request.kernel]
+                yield Look(answer.build, tuple(answer.timings))
+
+    def _merge(self, answer: _Answer, part: Look | Fate) -> None:
+        if isinstance(part, Fate):
+            answer.build = replace(answer.build, outcome=FATES[part])
+            return
+        if answer.build.outcome is Outcome.OK:
+            answer.build = replace(part.build, compile_seconds=answer.build.compile_seconds)
+        answer.timings += part.timings
+        for timing in part.timings:
+            key = (timing.kernel.projection, timing.tokens)
+            self._best[key] = min(self._best[key], timing.microseconds)
+
+    def duel(self, request: DuelRequest) -> KernelDuel | None:
+        """Time two pairs in turn on the first card, kernel by kernel; None where the process died over it."""
+        answer = self._cards[0].child.ask(request, LOOK_SECONDS)
+        return answer if isinstance(answer, KernelDuel) else None
+
+    def closer(self, wanted: Iterable[tuple[Kernel, int]], replays: int) -> Iterator[Timing]:
+        """Time again, with more replays; see `Runner.closer`."""
+        queues: dict[int, deque[TimeCloser]] = {position: deque() for position in range(len(self._cards))}
+        for kernel, tokens in wanted:
+            position = next(index for index, card in enumerate(self._cards) if tokens in card.rows)
+            queues[position].append(TimeCloser(kernel, tokens, replays))
+        while any(queues.values()):
+            busy = [(card, queues[position].popleft()) for position, card in enumerate(self._cards) if queues[position]]
+            for card, request in busy:
+                card.child.send(request)
+            for card, _ in busy:
+                answer = card.child.receive(LOOK_SECONDS)
+                if isinstance(answer, Timing):
+                    yield answer

@@ -1,0 +1,233 @@
+"""Every trial, written as it happens, so that a killed run goes on where it was and nothing is measured twice."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from fixer.errors import StoreError
+from fixer.store import Environment, make_folder, set_aside, take_owner_of, utc_now
+from fixer.workload import Projection, Tile, Workload
+
+from .runner import Look, Request, Runner
+from .trials import Build, Kernel, Outcome, Timing
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS runs (run TEXT PRIMARY KEY, environment TEXT NOT NULL, workload TEXT NOT NULL,
+    began TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS builds (run TEXT NOT NULL, projection TEXT NOT NULL, tile TEXT NOT NULL,
+    outcome TEXT NOT NULL, shared_bytes INTEGER NOT NULL, registers INTEGER NOT NULL, spills INTEGER NOT NULL,
+    compile_seconds REAL NOT NULL, message TEXT NOT NULL, at TEXT NOT NULL,
+    PRIMARY KEY (run, projection, tile)) STRICT;
+CREATE TABLE IF NOT EXISTS timings (run TEXT NOT NULL, projection TEXT NOT NULL, tile TEXT NOT NULL,
+    tokens INTEGER NOT NULL, microseconds REAL NOT NULL, least REAL NOT NULL, replays INTEGER NOT NULL,
+    at TEXT NOT NULL, PRIMARY KEY (run, projection, tile, tokens, replays)) STRICT;
+"""
+
+
+@dataclass(frozen=True)
+class RunKey:
+    """What a trial's validity depends on; trials of another key are never seen."""
+
+    environment: Environment
+    workload: Workload
+
+    @property
+    def digest(self) -> str:
+        """A name for the key in the journal."""
+        parts = repr((self.environment.counting_parts(), sorted(asdict(self.workload).items(), key=str)))
+        return sha256(parts.encode()).hexdigest()[:24]
+
+
+class Journal:
+    """The trials of one run key in the data folder's journal.
+
+    A damaged journal is set aside and a new one begun; `notes` says so.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+
+    def __init__(self, path: Path, key: RunKey) -> None:
+        self._path = path
+        self._run = key.digest
+        self.notes: tuple[str, ...] = ()
+        make_folder(path.parent)
+        try:
+            self._database = self._open()
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError) and "malformed" not in str(error):
+                raise self._unusable(error) from error
+            self.notes = (str(set_aside(path, f"the journal is damaged: {error}")),)
+            self._database = self._open()
+        with suppress(OSError):
+            take_owner_of(path.parent, path)
+        with self._database as database:
+            database.execute(
+                "INSERT OR IGNORE INTO runs VALUES (?, ?, ?, ?)",
+                (self._run, repr(key.environment), repr(key.workload), utc_now()),
+            )
+
+    def _open(self) -> sqlite3.Connection:
+        database = sqlite3.connect(self._path, timeout=30)
+        try:
+            if database.execute("PRAGMA quick_check").fetchone() != ("ok",):
+                raise sqlite3.DatabaseError("malformed: its own check fails")
+            database.execute("PRAGMA synchronous = NORMAL")
+            database.executescript(_SCHEMA)
+        except BaseException:
+            database.close()
+            raise
+        return database
+
+    def _unusable(self, error: Exception) -> StoreError:
+        return StoreError(
+            f"The journal {self._path} cannot be used: {error}.", "Check the data folder's space and owner."
+        )
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._database.close()
+
+    def forget(self) -> None:
+        """Drop this key's trials (`--fresh`)."""
+        with self._database as database:
+            for table in ("builds", "timings"):
+                database.execute(f"DELETE FROM {table} WHERE run = ?", (self._run,))  # noqa: S608 (a constant)
+
+    def write(self, look: Look) -> None:
+        """Keep a look, build and timings together."""
+        build = look.build
+        try:
+            with self._database as database:
+                database.execute(
+                    "INSERT OR REPLACE INTO builds VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        self._run,
+                        *_kernel_key(build.kernel),
+                        build.outcome.value,
+                        build.shared_bytes,
+                        build.registers,
+                        build.spills,
+                        build.compile_seconds,
+                        build.message,
+                        utc_now(),
+                    ),
+                )
+                self._insert(database, look.timings)
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
+
+    def write_timing(self, timing: Timing) -> None:
+        """Keep a closer look's time."""
+        try:
+            with self._database as database:
+                self._insert(database, [timing])
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
+
+    def _insert(self, database: sqlite3.Connection, timings: Iterable[Timing]) -> None:
+        database.executemany(
+            "INSERT OR REPLACE INTO timings VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            [
+                (self._run, *_kernel_key(t.kernel), t.tokens, t.microseconds, t.least, t.replays, utc_now())
+                for t in timings
+            ],
+        )
+
+    def looks(self) -> dict[Kernel, Look]:
+        """Every kernel's build with its timings of the first look (the fewest replays of each row)."""
+        timings: dict[Kernel, dict[int, Timing]] = {}
+        for timing in self.timings():
+            rows = timings.setdefault(timing.kernel, {})
+            if timing.tokens not in rows or timing.replays < rows[timing.tokens].replays:
+                rows[timing.tokens] = timing
+        with closing(
+            self._database.execute(
+                "SELECT projection, tile, outcome, shared_bytes, registers, spills, compile_seconds, message"
+                " FROM builds WHERE run = ?",
+                (self._run,),
+            )
+        ) as rows_of_builds:
+            builds = [
+                Build(_kernel(projection, tile), Outcome(outcome), shared, registers, spills, seconds, message)
+                for projection, tile, outcome, shared, registers, spills, seconds, message in rows_of_builds
+            ]
+        return {b.kernel: Look(b, tuple(timings.get(b.kernel, {}).values())) for b in builds}
+
+    def timings(self) -> list[Timing]:
+        """Every time, in the order of the rows and replays."""
+        with closing(
+            self._database.execute(
+                "SELECT projection, tile, tokens, microseconds, least, replays FROM timings WHERE run = ?"
+                " ORDER BY tokens, replays",
+                (self._run,),
+            )
+        ) as rows:
+            return [
+                Timing(_kernel(projection, tile), tokens, microseconds, least, replays)
+                for projection, tile, tokens, microseconds, least, replays in rows
+            ]
+
+
+def _kernel_key(kernel: Kernel) -> tuple[str, str]:
+    tile = kernel.tile
+    values = (tile.block_m, tile.block_n, tile.block_k, tile.group_m, tile.num_warps, tile.num_stages)
+    return kernel.projection.value, " ".join(map(str, values))
+
+
+def _kernel(projection: str, tile: str) -> Kernel:
+    block_m, block_n, block_k, group_m, num_warps, num_stages = map(int, tile.split())
+    return Kernel(Projection(projection), Tile(block_m, block_n, block_k, group_m, num_warps, num_stages))
+
+
+class JournaledRunner:
+    """A runner that answers from the journal what it can, and writes down what it measures."""
+
+    def __init__(self, inner: Runner, journal: Journal) -> None:
+        self._inner = inner
+        self._journal = journal
+        self._looks = journal.looks()
+        self._timings = {(t.kernel, t.tokens, t.replays): t for t in journal.timings()}
+        self.resumed = len(self._looks)
+
+    def look(self, requests: Sequence[Request]) -> Iterator[Look]:
+        """What is known first, at once; then the rest."""
+        fresh = []
+        for request in requests:
+            known = self._looks.get(request.kernel)
+            missing = self._missing_rows(request, known)
+            if known is not None and not missing:
+                yield known
+            else:
+                fresh.append(Request(request.kernel, missing))
+        for look in self._inner.look(fresh):
+            self._journal.write(look)
+            known = self._looks.get(look.build.kernel)
+            yield Look(look.build, (*known.timings, *look.timings)) if known is not None else look
+
+    @staticmethod
+    def _missing_rows(request: Request, known: Look | None) -> tuple[int, ...]:
+        if known is None:
+            return request.rows
+        if known.build.outcome is not Outcome.OK:
+            return ()
+        timed = {timing.tokens for timing in known.timings}
+        return tuple(tokens for tokens in request.rows if tokens not in timed)
+
+    def closer(self, wanted: Iterable[tuple[Kernel, int]], replays: int) -> Iterator[Timing]:
+        """What is known first; then the rest."""
+        fresh = []
+        for kernel, tokens in wanted:
+            known = self._timings.get((kernel, tokens, replays))
+            if known is not None:
+                yield known
+            else:
+                fresh.append((kernel, tokens))
+        for timing in self._inner.closer(fresh, replays):
+            self._journal.write_timing(timing)
+            yield timing
