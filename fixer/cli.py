@@ -77,11 +77,12 @@ class MoefixGroup(click.Group):
             )
         return super().resolve_command(ctx, args)
 
-    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> NoReturn:
+    def main(self, *args: Any, **extra: Any) -> Any:
         """Run and exit: with the command's own code, or with the fault's, told on stderr without a traceback."""
-        extra["standalone_mode"] = False
+        code = 0
         try:
-            code = super().main(args, prog_name or "moefix", **extra)
+            result = super().main(*args, **{"prog_name": "moefix", **extra, "standalone_mode": False})
+            code = result if isinstance(result, int) else 0
             sys.stdout.flush()
         except MoefixError as fault:
             code = _report(fault.message, fault.hint, fault.exit_code)
@@ -95,7 +96,7 @@ class MoefixGroup(click.Group):
         except OSError as fault:
             where = f"{fault.filename}: " if fault.filename else ""
             code = _report(f"{where}{fault.strerror or fault}", "", MoefixError.exit_code)
-        sys.exit(code if isinstance(code, int) else 0)
+        sys.exit(code)
 
 
 def _report(message: str, hint: str, code: int) -> int:
@@ -147,6 +148,7 @@ def main() -> None:
 @click.option("--home", metavar="DIR", help="The data folder; default: MOEFIX_HOME, else ~/.local/share/moefix.")
 @click.argument("sglang_flags", nargs=-1, type=click.UNPROCESSED, metavar="[SGLANG FLAGS]...")
 def plan(
+    *,
     model: str | None,
     gpus: tuple[str, ...],
     smem_limit: int | None,

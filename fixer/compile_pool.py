@@ -67,11 +67,20 @@ class AdaptiveDeadline:
 Deadline = FixedDeadline | AdaptiveDeadline
 
 
+@dataclass(frozen=True)
+class _Work:
+    """One candidate, Triton's cache folder for it, and the seconds it may take (None: the pool's deadline)."""
+
+    candidate: Candidate
+    cache: Path
+    seconds: float | None
+
+
 @dataclass
 class _Worker:
     process: BaseProcess
     pipe: Connection
-    candidate: Candidate | None = None
+    work: _Work | None = None
     started: float = 0.0
 
 
@@ -95,7 +104,7 @@ class CompilePool:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["fixer.kernel", "triton.backends.nvidia.compiler", "triton.language"])
         self._workers: list[_Worker] = []
-        self._waiting: deque[Candidate] = deque()
+        self._waiting: deque[_Work] = deque()
 
     def __enter__(self) -> CompilePool:
         return self
@@ -106,32 +115,31 @@ class CompilePool:
     @property
     def busy(self) -> int:
         """Candidates that have no result yet."""
-        return len(self._waiting) + sum(worker.candidate is not None for worker in self._workers)
+        return len(self._waiting) + sum(worker.work is not None for worker in self._workers)
 
-    def submit(self, candidates: Iterable[Candidate]) -> None:
-        """Queue candidates; the ones submitted first are compiled first."""
-        self._waiting.extend(candidates)
+    def submit(self, candidates: Iterable[Candidate], cache: Path | None = None, seconds: float | None = None) -> None:
+        """Queue candidates; the ones submitted first are compiled first.
+
+        Args:
+            cache: another cache folder of Triton's for these.
+            seconds: another deadline for these.
+        """
+        self._waiting.extend(_Work(candidate, cache or self._cache, seconds) for candidate in candidates)
         self._feed()
-
-    def drop_waiting(self) -> list[Candidate]:
-        """Take back what nobody has begun to compile."""
-        dropped = list(self._waiting)
-        self._waiting.clear()
-        return dropped
 
     @property
     def connections(self) -> list[Any]:
         """What to wait for besides other connections of one's own (`multiprocessing.connection.wait`)."""
-        return [worker.pipe for worker in self._workers if worker.candidate is not None]
+        return [worker.pipe for worker in self._workers if worker.work is not None]
 
     def poll(self, timeout: float = 0.0) -> list[tuple[Candidate, Compiled]]:
         """The results that are ready, after waiting at most `timeout` seconds for a first one."""
         self._feed()
-        busy = [worker for worker in self._workers if worker.candidate is not None]
+        busy = [worker for worker in self._workers if worker.work is not None]
         if not busy:
             return []
         now = time.monotonic()
-        patience = min(worker.started + self._deadline() - now for worker in busy)
+        patience = min(worker.started + self._allowed(worker) - now for worker in busy)
         ready = set(wait([worker.pipe for worker in busy], max(0.0, min(timeout, patience))))
         results = []
         for worker in busy:
@@ -155,23 +163,27 @@ class CompilePool:
 
     def _feed(self) -> None:
         while self._waiting:
-            worker = next((worker for worker in self._workers if worker.candidate is None), None)
+            worker = next((worker for worker in self._workers if worker.work is None), None)
             if worker is None:
                 if len(self._workers) >= self._size:
                     return
                 worker = self._start()
-            worker.candidate = self._waiting.popleft()
-            worker.started = time.monotonic()
+            worker.work, worker.started = self._waiting.popleft(), time.monotonic()
             try:
-                worker.pipe.send(worker.candidate)
+                worker.pipe.send(worker.work)
             except OSError:  # it died while idle: the next worker gets the candidate
-                self._waiting.appendleft(worker.candidate)
+                self._waiting.appendleft(worker.work)
                 self._discard(worker)
+
+    def _allowed(self, worker: _Worker) -> float:
+        """Seconds that a worker's candidate may take."""
+        seconds = worker.work.seconds if worker.work is not None else None
+        return self._deadline() if seconds is None else seconds
 
     def _start(self) -> _Worker:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(
-            target=_compile_for, args=(theirs, self._target, self._cache), daemon=True, name="moefix-compile"
+            target=_compile_for, args=(theirs, self._target), daemon=True, name="moefix-compile"
         )
         process.start()
         theirs.close()
@@ -180,8 +192,8 @@ class CompilePool:
         return worker
 
     def _collect(self, worker: _Worker, is_ready: bool) -> tuple[Candidate, Compiled] | None:
-        candidate, seconds = worker.candidate, time.monotonic() - worker.started
-        assert candidate is not None
+        assert worker.work is not None
+        candidate, seconds = worker.work.candidate, time.monotonic() - worker.started
         if is_ready:
             try:
                 compiled = worker.pipe.recv()
@@ -190,11 +202,11 @@ class CompilePool:
                 return candidate, Compiled(CompileOutcome.CRASHED, seconds=seconds, message="the compiler died")
             if isinstance(compiled, Exception):
                 raise compiled
-            worker.candidate = None
+            worker.work = None
             if compiled.outcome is CompileOutcome.OK:
                 self._deadline.observe(compiled.seconds)
             return candidate, compiled
-        if seconds < self._deadline():
+        if seconds < self._allowed(worker):
             return None
         self._discard(worker)
         return candidate, Compiled(CompileOutcome.DEADLINE, seconds=seconds, message=f"over {seconds:.1f} s")
@@ -218,20 +230,20 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _compile_for(pipe: Connection, target: Target, cache: Path) -> None:
+def _compile_for(pipe: Connection, target: Target) -> None:
     """A worker's life: candidates in, results out, until the pipe closes."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.environ["TRITON_CACHE_DIR"] = str(cache)
     silence = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):  # Triton prints the assembly of what ptxas refuses
         os.dup2(silence, stream)
     with planning_driver(target.arch), suppress(EOFError, OSError):
         while True:
-            candidate = pipe.recv()
+            work = pipe.recv()
+            os.environ["TRITON_CACHE_DIR"] = str(work.cache)
             try:
-                result: Compiled | Exception = compile_candidate(target, candidate)
+                result: Compiled | Exception = compile_candidate(target, work.candidate)
             except Exception as error:
                 result = error
             pipe.send(result)

@@ -349,7 +349,7 @@ class _Planner:
         resorts = [_both(tile) for tile in last_resorts(self._workload)]
         self._compile(resorts)
         fitting = next((pair for pair in resorts if self._fits(pair)), None)
-        return {tokens: fitting for tokens in rows} if fitting else {}
+        return dict.fromkeys(rows, fitting) if fitting else {}
 
     def _compile(self, pairs: Iterable[TilePair]) -> None:
         wanted = dict.fromkeys(candidate for pair in pairs for candidate in self._candidates(pair))

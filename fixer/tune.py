@@ -12,21 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fixer import __version__
-from fixer.compile_pool import CompilePool, FixedDeadline
 from fixer.errors import MoefixError, SGLangError, TuneError
 from fixer.gpu import Card
-from fixer.kernel import Target, read_kernel_source
+from fixer.kernel import Candidate, Target, read_kernel_source
 from fixer.progress import Progress
 from fixer.sglang_tree import Lookup, Tree, own_choices
 from fixer.store import Artefact, Decision, Environment, Lock, RowChoice, safe_name, utc_now
 from fixer.tuning.finals import Duel, DuelRequest, KernelDuel, TilePair
 from fixer.tuning.journal import Journal, JournaledRunner, RunKey
 from fixer.tuning.process import ChildProcess, Fate, Handler
-from fixer.tuning.runner import Look, run_search
+from fixer.tuning.runner import Look, look_closer, run_rounds
 from fixer.tuning.search import Limits, Search
 from fixer.tuning.seeds import seeds
 from fixer.tuning.space import Space
-from fixer.tuning.trials import Outcome
+from fixer.tuning.trials import Outcome, Timing
 from fixer.tuning.warm import server_candidates, server_triton_cache
 from fixer.workload import Projection, Workload
 
@@ -124,6 +123,7 @@ class Tuned:
     Attributes:
         artefact: the rows with their verdicts.
         looks: every kernel that was tried.
+        timings: the best known time of each kernel and row.
         resumed: how many of them came from the journal.
         timeline: seconds by phase.
         notes: what a user should know.
@@ -131,6 +131,7 @@ class Tuned:
 
     artefact: Artefact
     looks: tuple[Look, ...]
+    timings: tuple[Timing, ...]
     resumed: int
     timeline: Mapping[str, float]
     notes: tuple[str, ...]
@@ -166,6 +167,7 @@ class _Session:
         self._timeline = Timeline()
         self._notes: list[str] = []
         self._layer_failed = False
+        self._warmed: set[Candidate] = set()
         self._target = job.target
         # What SGLang would run if moefix had never installed anything.
         self._lookup: Lookup = job.tree.lookup(job.workload, job.card, without_moefix=True)
@@ -184,13 +186,19 @@ class _Session:
             layer = self._start_layer(stack)
             journaled = JournaledRunner(runner, journal)
             search = self._search()
-            looks = self._run_search(search, journaled)
-            self._timeline.mark("search")
+            looks = self._run_rounds(search, journaled)
+            self._warm(runner, self._choices(search))
+            look_closer(search, journaled)
+            self._timeline.mark("closer looks")
             chosen = self._choices(search)
-            self._warm(chosen)
+            self._warm(runner, chosen)
+            for _ in runner.finish_compiling():
+                self._progress.advance()
             self._timeline.mark("compiling for the server")
             rows = self._finals(chosen, runner, layer, looks)
             self._timeline.mark("finals")
+            best_known = {(timing.kernel, timing.tokens): timing for timing in journal.timings()}
+            timings = tuple(timing for (kernel, _), timing in best_known.items() if kernel in looks)
             if runner.restarts:
                 self._notes.append(f"the measuring process was started anew {runner.restarts} times")
         artefact = Artefact(
@@ -205,7 +213,9 @@ class _Session:
             seconds=round(self._timeline.total, 1),
             measured=True,
         )
-        return Tuned(artefact, tuple(looks.values()), journaled.resumed, self._timeline.seconds, tuple(self._notes))
+        return Tuned(
+            artefact, tuple(looks.values()), timings, journaled.resumed, self._timeline.seconds, tuple(self._notes)
+        )
 
     # ---- search
 
@@ -231,15 +241,18 @@ class _Session:
             return Search(job.workload, job.rows, everything, own, limits)
         return Search(job.workload, job.rows, seeds(job.tree.shipped_files(), job.workload, job.card), own)
 
-    def _run_search(self, search: Search, runner: JournaledRunner) -> dict[object, Look]:
+    def _run_rounds(self, search: Search, runner: JournaledRunner) -> dict[object, Look]:
         looks: dict[object, Look] = {}
         self._progress.phase("search", search.limits.kernels)
 
         def on_look(look: Look) -> None:
+            if not looks:
+                self._timeline.mark("start")
             looks[look.build.kernel] = look
             self._progress.advance(f"{look.build.kernel.projection.value} {look.build.kernel.tile}")
 
-        run_search(search, runner, on_look)
+        run_rounds(search, runner, on_look)
+        self._timeline.mark("search")
         good = sum(look.build.outcome is Outcome.OK for look in looks.values())
         self._progress.note(
             f"searched {len(looks)} kernels in {self._timeline.total:.1f} s"
@@ -262,18 +275,15 @@ class _Session:
 
     # ---- what the server will compile
 
-    def _warm(self, chosen: Mapping[int, TilePair]) -> None:
-        """Both sides of each duel, so that any verdict finds its kernels compiled."""
+    def _warm(self, runner: CardRunner, chosen: Mapping[int, TilePair]) -> None:
+        """Have both sides of each duel compiled, so that any verdict finds its kernels in the server's cache."""
         job = self._job
         candidates = server_candidates(job.workload, chosen, job.rows[-1])
-        own = {tokens: pair for tokens, pair in self._own.items() if pair != chosen[tokens]}
-        if own:
-            candidates += server_candidates(job.workload, own, job.rows[-1])
-        self._progress.phase("compiling for the server", len(candidates))
-        with CompilePool(self._target, server_triton_cache(), deadline=FixedDeadline(60.0)) as pool:
-            pool.submit(dict.fromkeys(candidates))
-            for _ in pool.drain():
-                self._progress.advance()
+        candidates += server_candidates(job.workload, self._own, job.rows[-1])
+        fresh = [candidate for candidate in dict.fromkeys(candidates) if candidate not in self._warmed]
+        self._warmed.update(fresh)
+        runner.compile_ahead(fresh, server_triton_cache())
+        self._progress.phase("compiling for the server", runner.to_compile)
 
     # ---- finals
 

@@ -15,7 +15,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from types import TracebackType
 
-from fixer.compile_pool import AdaptiveDeadline, CompilePool
+from fixer.compile_pool import AdaptiveDeadline, CompilePool, usable_cores
 from fixer.kernel import Candidate, Compiled, CompileOutcome, Target
 from fixer.workload import Projection, Workload
 
@@ -28,6 +28,9 @@ from .trials import Build, Kernel, Outcome, Timing
 
 LOOK_SECONDS = 30.0
 """A kernel that keeps the card busy for longer hangs, or is of no use."""
+
+AHEAD_SECONDS = 120.0
+"""A kernel that the server will launch is compiled to its end, however slow its compilation is."""
 
 OUTCOMES = {
     CompileOutcome.FAILED: Outcome.COMPILE_ERROR,
@@ -57,6 +60,12 @@ class _Answer:
     timings: list[Timing] = field(default_factory=list)
 
 
+def compiling_cores() -> int:
+    """Cores for compiling: all but two where there are many, for the measuring process and SGLang's import."""
+    cores = usable_cores()
+    return cores - 2 if cores >= 8 else cores
+
+
 class CardRunner:
     """The `Runner` with cards behind it.
 
@@ -67,7 +76,7 @@ class CardRunner:
         rows: every M that may be asked for.
         shared_limit: bytes of shared memory a block may use.
         folder: where compiled candidates are kept while the search lasts.
-        workers: compiling processes; None for one a core.
+        workers: compiling processes; None for about one a core.
     """
 
     def __init__(
@@ -83,7 +92,7 @@ class CardRunner:
     ) -> None:
         self._workload = workload
         self._limit = shared_limit
-        self._pool = CompilePool(target, folder, workers, AdaptiveDeadline())
+        self._pool = CompilePool(target, folder, workers or compiling_cores(), AdaptiveDeadline())
         setup = Setup(workload, target, folder, devices[0], tuple(rows), shared_limit)
         self._cards = [
             _Card(
@@ -188,6 +197,20 @@ class CardRunner:
             key = (timing.kernel.projection, timing.tokens)
             self._best[key] = min(self._best[key], timing.microseconds)
 
+    def compile_ahead(self, candidates: Sequence[Candidate], cache: Path) -> None:
+        """Have candidates compiled into another cache folder while the cards are busy; call after the last look."""
+        self._pool.submit(candidates, cache, AHEAD_SECONDS)
+
+    def finish_compiling(self) -> Iterator[None]:
+        """Wait for what was to be compiled ahead, a step at a time."""
+        for _ in self._pool.drain():
+            yield
+
+    @property
+    def to_compile(self) -> int:
+        """How many candidates are not compiled yet."""
+        return self._pool.busy
+
     def duel(self, request: DuelRequest) -> KernelDuel | None:
         """Time two pairs in turn on the first card, kernel by kernel; None where the process died over it."""
         answer = self._cards[0].child.ask(request, LOOK_SECONDS)
@@ -200,6 +223,7 @@ class CardRunner:
             position = next(index for index, card in enumerate(self._cards) if tokens in card.rows)
             queues[position].append(TimeCloser(kernel, tokens, replays))
         while any(queues.values()):
+            self._pool.poll()  # what is compiled ahead goes on
             busy = [(card, queues[position].popleft()) for position, card in enumerate(self._cards) if queues[position]]
             for card, request in busy:
                 card.child.send(request)

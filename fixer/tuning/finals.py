@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -76,26 +76,26 @@ class Duel:
     @property
     def gain(self) -> float:
         """By which fraction SGLang's own takes longer: 0.05 is 5 %; 0 where it was not timed."""
-        return statistics.median(self._ratios) - 1 if self.own else 0.0
+        return statistics.median(self.own) / statistics.median(self.tuned) - 1 if self.own else 0.0
 
     @property
     def noise(self) -> float:
-        """The standard error of the gain, from the spread of the single ratios (robust: median absolute deviation)."""
-        ratios = self._ratios
-        if len(ratios) < 3:
-            return math.inf
-        centre = statistics.median(ratios)
-        spread = 1.4826 * statistics.median(abs(ratio - centre) for ratio in ratios)
-        return 1.2533 * spread / math.sqrt(len(ratios))
-
-    @property
-    def _ratios(self) -> list[float]:
-        return [own / tuned for own, tuned in zip(self.own, self.tuned, strict=bool(self.own))]
+        """The standard error of the gain: both medians' relative errors together; 0 where there is no gain."""
+        return math.hypot(_relative_error(self.own), _relative_error(self.tuned)) if self.own else 0.0
 
     @property
     def is_won(self) -> bool:
         """Whether the gain clears the noise, or SGLang's own cannot run at all."""
         return not self.own or self.gain > max(LEAST_GAIN, CONFIDENCE * self.noise)
+
+
+def _relative_error(times: Sequence[float]) -> float:
+    """The standard error of a median as a fraction of it, from the median absolute deviation, which outliers spare."""
+    if len(times) < 3:
+        return math.inf
+    median = statistics.median(times)
+    deviation = 1.4826 * statistics.median(abs(time - median) for time in times)
+    return 1.2533 * deviation / math.sqrt(len(times)) / median
 
 
 @dataclass(frozen=True)

@@ -38,14 +38,14 @@ class Runner(Protocol):
         ...
 
 
-CLOSER_LOOKS = ((0.03, 5), (0.012, 11), (0.006, 25))
+CLOSER_LOOKS = ((0.015, 5), (0.007, 13))
 """Halving: (how near to the row's best, replays it then gets)."""
 
 Observer = Callable[[Look], None]
 
 
-def run_search(search: Search, runner: Runner, on_look: Observer | None = None) -> None:
-    """Run a search to its end: rounds of looks, then ever closer looks at ever fewer."""
+def run_rounds(search: Search, runner: Runner, on_look: Observer | None = None) -> None:
+    """Rounds of looks, until the search has nothing more to ask."""
     while kernels := search.next_kernels():
         requests = [Request(kernel, tuple(search.sensible_rows(kernel.tile))) for kernel in kernels]
         for look in runner.look(requests):
@@ -54,6 +54,16 @@ def run_search(search: Search, runner: Runner, on_look: Observer | None = None) 
                 search.timed(timing)
             if on_look is not None:
                 on_look(look)
+
+
+def look_closer(search: Search, runner: Runner) -> None:
+    """Ever closer looks at ever fewer candidates."""
     for within, replays in CLOSER_LOOKS:
         for timing in runner.closer(search.close_calls(within, replays), replays):
             search.timed(timing)
+
+
+def run_search(search: Search, runner: Runner, on_look: Observer | None = None) -> None:
+    """Run a search to its end."""
+    run_rounds(search, runner, on_look)
+    look_closer(search, runner)
