@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -287,7 +287,11 @@ def _own(tree: Tree, lookup: Lookup | None, workload: Workload, card: Card, rows
     choose_own: Callable[[int], OwnChoice] = own_choices(tree, lookup, workload, card)
     choices = {tokens: choose_own(tokens) for tokens in rows}
     source = _SOURCES[lookup.found]
-    return {tokens: _Own(source, TilePair(choice.gate_up, choice.down)) for tokens, choice in choices.items()}
+    pairs = {tokens: TilePair(choice.gate_up, choice.down) for tokens, choice in choices.items()}
+    if lookup.down_path is None:
+        # Without a file of its own the down projection runs the gate-up's row, less its USE_TMA (fused_moe.py:491-498).
+        pairs = {tokens: replace(pair, down=replace(pair.down, use_tma=False)) for tokens, pair in pairs.items()}
+    return {tokens: _Own(source, pair) for tokens, pair in pairs.items()}
 
 
 def _looked_up(own: Mapping[int, _Own]) -> tuple[PlanRow, ...]:
@@ -326,20 +330,17 @@ class _Planner:
 
         SGLang's own and the first offers are compiled together, so that no core idles.
         """
-        from_file = [row.pair for row in own.values() if row.source is not Source.DEFAULT]
-        self._compile(from_file)
-        kept = {
-            tokens: row.pair for tokens, row in own.items() if row.source is not Source.DEFAULT and self._fits(row.pair)
-        }
+        from_file = {tokens: _writable(row.pair) for tokens, row in own.items() if row.source is not Source.DEFAULT}
+        self._compile(from_file.values())
+        kept = {tokens: pair for tokens, pair in from_file.items() if self._fits(pair)}
         needy = [tokens for tokens in own if tokens not in kept]
         wanted = offers(tuple(self._tree.shipped_files()), self._workload, self._card, needy)
         defaults = [own[tokens].pair for tokens in needy]
         chosen = choose(wanted, lambda tiles: self._compile([*map(_both, tiles), *defaults]), self._tile_fits)
         pairs = kept | {tokens: _both(tile) for tokens, tile in chosen.items()}
         for tokens in needy:
-            fallback = own[tokens].pair if tokens not in pairs and self._compiled_fits(own[tokens].pair) else None
-            if fallback is not None:
-                pairs[tokens] = fallback
+            if tokens not in pairs and self._compiled_fits(_writable(own[tokens].pair)):
+                pairs[tokens] = _writable(own[tokens].pair)
         return pairs | self._smallest([tokens for tokens in own if tokens not in pairs])
 
     def _smallest(self, rows: list[int]) -> dict[int, TilePair]:
@@ -379,6 +380,11 @@ class _Planner:
         if compiled.outcome is not CompileOutcome.OK:
             return Use(tile, None, False, f"{compiled.outcome.value}: {compiled.message}")
         return Use(tile, compiled.shared_bytes, compiled.shared_bytes <= self._card.shared_memory)
+
+
+def _writable(pair: TilePair) -> TilePair:
+    """A pair that any release can read: USE_TMA in a gate-up file stops 0.5.17 (an argument its kernel lacks)."""
+    return replace(pair, gate_up=replace(pair.gate_up, use_tma=False))
 
 
 def _both(tile: Tile) -> TilePair:

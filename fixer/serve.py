@@ -99,14 +99,24 @@ def artefact_for(
     if options.skip_tune:
         return found.artefact
     known = {row.batch for row in found.artefact.rows} if found.artefact else set()
-    return tune_kind(situation, kind, tuple(sorted({*rows, *known})), options, home, say)
+    wish = Wish(tuple(sorted({*rows, *known})), fresh=options.fresh)
+    return tune_kind(situation, kind, wish, home, say)
 
 
-def tune_kind(
-    situation: Situation, kind: int, rows: tuple[int, ...], options: MoefixOptions, home: Path, say: Voice
-) -> Artefact:
+@dataclass(frozen=True)
+class Wish:
+    """What is to be measured: the rows; from scratch or not; the whole space or a search; recorded or not."""
+
+    rows: tuple[int, ...]
+    fresh: bool = False
+    exhaustive: bool = False
+    record: Path | None = None
+
+
+def tune_kind(situation: Situation, kind: int, wish: Wish, home: Path, say: Voice) -> Artefact:
     """Measure, and keep the result."""
     from fixer.tune import Job, geometric_gain, tune
+    from fixer.tuning.recording import write_recording
 
     workload = situation.decisions[kind].workload
     assert workload is not None
@@ -114,18 +124,22 @@ def tune_kind(
         tree=situation.tree,
         workload=workload,
         cards=situation.cards[kind],
-        rows=rows,
+        rows=wish.rows,
         model=situation.model.name,
         revision=situation.model.revision or "",
         home=home,
-        fresh=options.fresh,
+        exhaustive=wish.exhaustive,
+        fresh=wish.fresh,
         layer_package=importable_package(situation),
     )
-    with terminal_progress(quiet=options.quiet) as progress:
+    with terminal_progress(quiet=say.quiet) as progress:
         tuned = tune(job, progress)
     for note in tuned.notes:
         say.warning(note)
     save_artefact(home, tuned.artefact)
+    if wish.record is not None:
+        count = write_recording(wish.record, tuned.looks, tuned.timings)
+        say.line(f"recorded {count} times in {wish.record}")
     say.line(verdict(tuned.artefact, geometric_gain(tuned.artefact)))
     say.line("time: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in tuned.timeline.items()))
     return tuned.artefact
@@ -194,3 +208,32 @@ def fitting_pair(plan: Plan) -> Pair | None:
         {tokens: pair.gate_up for tokens, pair in proposed.items()},
         {tokens: pair.down for tokens, pair in proposed.items()},
     )
+
+
+def tune_only(
+    argv: Sequence[str], options: MoefixOptions, *, exhaustive: bool = False, record: Path | None = None
+) -> list[Artefact]:
+    """Measure and install for every kind of card, without starting a server.
+
+    Returns:
+        One artefact for each kind of card on which SGLang reads a tuning file.
+
+    Raises:
+        MoefixError: whatever keeps it from measuring.
+    """
+    say = Voice(quiet=options.quiet)
+    home = data_home(options.home)
+    situation = look_around(argv, home=home, sglang_root=options.sglang_root, smem_limit=options.smem_limit)
+    artefacts = []
+    for kind, decision in enumerate(situation.decisions):
+        card = situation.cards[kind][0]
+        say.line(f"{situation.model.name} on {card.name}, SGLang {situation.tree.version}: {decision.reason}")
+        if decision.outcome not in TUNABLE:
+            say.warning("nothing to tune")
+            continue
+        wish = Wish(situation.rows(kind), options.fresh, exhaustive, record)
+        artefact = tune_kind(situation, kind, wish, home, say)
+        for name, value in install(artefact, situation, home, say).env:
+            say.warning(f"SGLang's tree cannot be written: start the server with {name}={value}")
+        artefacts.append(artefact)
+    return artefacts
