@@ -48,8 +48,8 @@ class AdaptiveDeadline:
     """
 
     first: float = 20.0
-    factor: float = 6.0
-    least: float = 2.0
+    factor: float = 8.0
+    least: float = 4.0
     enough: int = 12
     _seconds: list[float] = field(default_factory=list)
 

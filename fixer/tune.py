@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fixer import __version__
+from fixer.compile_pool import AdaptiveDeadline, FixedDeadline
 from fixer.errors import MoefixError, SGLangError, TuneError
 from fixer.gpu import Card
 from fixer.kernel import Candidate, Target, read_kernel_source
 from fixer.progress import Progress
 from fixer.sglang_tree import Lookup, Tree, own_choices
 from fixer.store import Artefact, Decision, Environment, Lock, RowChoice, safe_name, utc_now
-from fixer.tuning.finals import Duel, DuelRequest, KernelDuel, TilePair
+from fixer.tuning.finals import LEAST_GAIN, Duel, DuelRequest, KernelDuel, TilePair
 from fixer.tuning.journal import Journal, JournaledRunner, RunKey
 from fixer.tuning.process import ChildProcess, Fate, Handler
 from fixer.tuning.runner import Look, look_closer, run_rounds
@@ -27,13 +28,16 @@ from fixer.tuning.seeds import seeds
 from fixer.tuning.space import Space
 from fixer.tuning.trials import Outcome, Timing
 from fixer.tuning.warm import server_candidates, server_triton_cache
-from fixer.workload import Projection, Workload
+from fixer.workload import Projection, Tile, Workload
 
 if TYPE_CHECKING:
     from fixer.tuning.card_runner import CardRunner
 
 DUEL_SECONDS = 60.0
 """A row's duel may take this long; the first one may build SGLang's own CUDA kernels (see LAYER_START_SECONDS)."""
+
+EXTRA_DUELS = 2
+"""How often a row that is too close to call is timed again."""
 
 LAYER_START_SECONDS = 90.0
 """How long the finals wait for SGLang to be imported before they go on without its layer."""
@@ -230,11 +234,18 @@ class _Session:
             rows=job.rows,
             shared_limit=job.card.shared_memory,
             folder=job.home / "cache" / "triton-search",
+            patient=self._own_tiles,
+            deadline=FixedDeadline(60.0) if job.exhaustive else AdaptiveDeadline(),
         )
+
+    @property
+    def _own_tiles(self) -> list[Tile]:
+        """SGLang's own configurations of all rows, each once."""
+        return list(dict.fromkeys(tile for pair in self._own.values() for tile in (pair.gate_up, pair.down)))
 
     def _search(self) -> Search:
         job = self._job
-        own = list(dict.fromkeys(tile for pair in self._own.values() for tile in (pair.gate_up, pair.down)))
+        own = self._own_tiles
         if job.exhaustive:
             everything = tuple(Space(job.workload).all())
             limits = Limits(seeds=len(everything), kernels=2 * len(everything) + 2 * len(own))
@@ -314,7 +325,7 @@ class _Session:
             if own is not None and not self._runs(own, looks):
                 own = None
             request = DuelRequest(tokens, None if own == tuned else own, tuned)
-            layer_duel = self._layer_duel(layer, request)
+            layer_duel = self._settled(layer, request)
             kernel_duel = self._kernel_duel(runner, request)
             rows.append(row_choice(request, self._own[tokens], layer_duel, kernel_duel))
             self._progress.advance(f"M={tokens}")
@@ -325,6 +336,16 @@ class _Session:
         """Whether SGLang's own pair runs on this card; a TMA tile is not tried by the search and has its duel."""
         known = [looks[kernel] for kernel in pair.kernels if kernel in looks]
         return all(look.build.outcome is Outcome.OK for look in known)
+
+    def _settled(self, layer: ChildProcess | None, request: DuelRequest) -> Duel | None:
+        """A duel through the layer, repeated where a gain is there but does not clear the noise yet."""
+        duel = self._layer_duel(layer, request)
+        for _ in range(EXTRA_DUELS):
+            if duel is None or not duel.own or duel.is_won or duel.gain < LEAST_GAIN:
+                return duel
+            again = self._layer_duel(layer, request)
+            duel = duel.joined(again) if again is not None else duel
+        return duel
 
     def _layer_duel(self, layer: ChildProcess | None, request: DuelRequest) -> Duel | None:
         if layer is None or self._layer_failed:

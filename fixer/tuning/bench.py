@@ -126,8 +126,11 @@ class Bench:
         workload = self.setup.workload
         chosen = self._chosen.setdefault(tokens, [])
         while len(chosen) <= turn:
+            # Seeded by row and turn, so that every run of every process sees the same routings.
+            seed = self.setup.seed + 1000 * tokens + len(chosen)
+            generator = torch.Generator(self._device).manual_seed(seed)
             routing = MIX[len(chosen) % len(MIX)]
-            chosen.append(choose_experts(routing, tokens, workload.experts, workload.top_k, self._generator))
+            chosen.append(choose_experts(routing, tokens, workload.experts, workload.top_k, generator))
         return chosen[turn]
 
     def _align(self, tokens: int, block_m: int, turn: int) -> Aligned:

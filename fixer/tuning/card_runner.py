@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import TracebackType
 
-from fixer.compile_pool import AdaptiveDeadline, CompilePool, usable_cores
+from fixer.compile_pool import AdaptiveDeadline, CompilePool, Deadline, usable_cores
 from fixer.kernel import Candidate, Compiled, CompileOutcome, Target
-from fixer.workload import Projection, Workload
+from fixer.workload import Projection, Tile, Workload
 
 from .bench import Setup
 from .finals import DuelRequest, KernelDuel
 from .measure import LookAt, TimeCloser, measuring_handler
-from .process import ChildProcess, Fate
+from .process import ChildProcess, Fate, Handler
 from .runner import Look, Request
 from .trials import Build, Kernel, Outcome, Timing
 
@@ -30,7 +30,7 @@ LOOK_SECONDS = 30.0
 """A kernel that keeps the card busy for longer hangs, or is of no use."""
 
 AHEAD_SECONDS = 120.0
-"""A kernel that the server will launch is compiled to its end, however slow its compilation is."""
+"""Seconds: a kernel that the server will launch is compiled to its end, however slow its compilation is."""
 
 OUTCOMES = {
     CompileOutcome.FAILED: Outcome.COMPILE_ERROR,
@@ -74,6 +74,9 @@ class CardRunner:
         target: SGLang's kernel and the cards' architecture.
         devices: CUDA's indices of the cards to use, all of one kind.
         rows: every M that may be asked for.
+        patient: tiles that are compiled to their end, however long it takes (SGLang's own: the finals need them).
+        deadline: how long the others may take to compile.
+        factory: builds the measuring process's handler.
         shared_limit: bytes of shared memory a block may use.
         folder: where compiled candidates are kept while the search lasts.
         workers: compiling processes; None for about one a core.
@@ -88,15 +91,19 @@ class CardRunner:
         rows: Sequence[int],
         shared_limit: int,
         folder: Path,
+        patient: Collection[Tile] = (),
+        deadline: Deadline | None = None,
         workers: int | None = None,
+        factory: Callable[[Setup], Handler] = measuring_handler,
     ) -> None:
         self._workload = workload
         self._limit = shared_limit
-        self._pool = CompilePool(target, folder, workers or compiling_cores(), AdaptiveDeadline())
+        self._patient = frozenset(patient)
+        self._pool = CompilePool(target, folder, workers or compiling_cores(), deadline or AdaptiveDeadline())
         setup = Setup(workload, target, folder, devices[0], tuple(rows), shared_limit)
         self._cards = [
             _Card(
-                ChildProcess(partial(measuring_handler, replace(setup, device=device))),
+                ChildProcess(partial(factory, replace(setup, device=device))),
                 frozenset(rows[position :: len(devices)]),
             )
             for position, device in enumerate(devices)
@@ -122,7 +129,9 @@ class CardRunner:
         """Compile and look; see `Runner.look`."""
         by_candidate = {self._candidate(request.kernel): request for request in requests}
         answers: dict[Kernel, _Answer] = {}
-        self._pool.submit(by_candidate)
+        patient = [candidate for candidate in by_candidate if candidate.tile in self._patient]
+        self._pool.submit(patient, seconds=AHEAD_SECONDS)
+        self._pool.submit(candidate for candidate in by_candidate if candidate.tile not in self._patient)
         while self._pool.busy or answers:
             for candidate, compiled in self._pool.poll():
                 request = by_candidate[candidate]

@@ -83,6 +83,10 @@ class Duel:
         """The standard error of the gain: both medians' relative errors together; 0 where there is no gain."""
         return math.hypot(_relative_error(self.own), _relative_error(self.tuned)) if self.own else 0.0
 
+    def joined(self, other: Duel) -> Duel:
+        """Both duels' times together."""
+        return Duel(self.tokens, self.via, self.own + other.own, self.tuned + other.tuned)
+
     @property
     def is_won(self) -> bool:
         """Whether the gain clears the noise, or SGLang's own cannot run at all."""

@@ -12,7 +12,7 @@ from .process import Handler
 from .runner import Look
 from .trials import Build, Kernel, Outcome, Timing
 
-LOOK_REPLAYS = 2
+LOOK_REPLAYS = 3
 """Replays of a first, short look."""
 
 

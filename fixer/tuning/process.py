@@ -153,13 +153,13 @@ def _serve(pipe: Connection, factory: Factory) -> None:
     os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    try:
-        handle = factory()
-    except MoefixError as error:
-        pipe.send(error)
-        return
-    pipe.send("ready")
-    with suppress(EOFError, OSError):
+    with suppress(EOFError, OSError):  # the parent is gone: so is the reason to live
+        try:
+            handle = factory()
+        except MoefixError as error:
+            pipe.send(error)
+            return
+        pipe.send("ready")
         while True:
             request = pipe.recv()
             try:

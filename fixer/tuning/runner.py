@@ -38,7 +38,7 @@ class Runner(Protocol):
         ...
 
 
-CLOSER_LOOKS = ((0.015, 5), (0.007, 13))
+CLOSER_LOOKS = ((0.015, 7), (0.006, 17))
 """Halving: (how near to the row's best, replays it then gets)."""
 
 Observer = Callable[[Look], None]
