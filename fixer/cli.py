@@ -31,8 +31,8 @@ DEFAULT_COMMAND = "serve"
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
-BROKEN_PIPE = 141
-"""Exit code where the reader of the output went away, as for any program that SIGPIPE ends."""
+BROKEN_PIPE = 1
+"""Exit code where the reader of the output went away, as click has it where it notices first."""
 
 SHORT_HELP = f"""\
 moefix {fixer.__version__}: tunes SGLang's fused mixture-of-experts kernel for your card.
@@ -273,3 +273,62 @@ def _write(plans: list[Plan], folder: Path, quiet: bool) -> None:
     for one in plans:
         for path in write_plan(one, folder):
             click.echo(f"wrote {path}", err=quiet)
+
+
+# --- tune and serve --------------------------------------------------------------------------------------------------
+
+
+@main.command(context_settings=PASS_THROUGH)
+@click.option("--model", "--model-path", "model", metavar="NAME", help="A folder, or OWNER/NAME on the hub.")
+@click.option("--smem-limit", metavar="BYTES", type=int, help="Tune for less shared memory per block.")
+@click.option("--sglang-root", metavar="DIR", type=click.Path(path_type=Path), help="An SGLang tree to tune for.")
+@click.option("--fresh", is_flag=True, help="Forget what the journal and an earlier tuning have.")
+@click.option("--exhaustive", is_flag=True, help="Time the whole space: minutes, as a yardstick.")
+@click.option("--record", metavar="FILE", type=click.Path(path_type=Path), help="Write every time to a .csv.gz.")
+@click.option("--json", "as_json", is_flag=True, help="Print the artefact(s) as JSON.")
+@click.option("--home", metavar="DIR", type=click.Path(path_type=Path), help="The data folder; default: MOEFIX_HOME.")
+@click.option("--quiet", is_flag=True, help="Warnings and errors only.")
+@click.argument("sglang_flags", nargs=-1, type=click.UNPROCESSED, metavar="[SGLANG FLAGS]...")
+def tune(
+    *,
+    model: str | None,
+    smem_limit: int | None,
+    sglang_root: Path | None,
+    fresh: bool,
+    exhaustive: bool,
+    record: Path | None,
+    as_json: bool,
+    home: Path | None,
+    quiet: bool,
+    sglang_flags: tuple[str, ...],
+) -> None:
+    """Measure on the visible cards and install the best files into SGLang's tree, without starting a server.
+
+    All other options are SGLang's own: give those that the server will get (--tp, --quantization, ...).
+    """
+    from fixer.launch import MoefixOptions
+    from fixer.serve import tune_only
+
+    named = () if model is None else (f"--model-path={model}",)
+    options = MoefixOptions(
+        fresh=fresh, smem_limit=smem_limit, home=home, sglang_root=sglang_root, quiet=quiet, strict=True
+    )
+    with _interruptible():
+        artefacts = tune_only((*sglang_flags, *named), options, exhaustive=exhaustive, record=record)
+    if as_json:
+        texts = [artefact.to_json() for artefact in artefacts]
+        click.echo(texts[0] if len(texts) == 1 else "[" + ",\n".join(texts) + "]", nl=False)
+
+
+@main.command(DEFAULT_COMMAND, context_settings={**PASS_THROUGH, "help_option_names": []})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[SGLANG FLAGS]...")
+def serve_command(*, arguments: tuple[str, ...]) -> None:
+    """Tune what is not yet tuned, then become the SGLang server with exactly these flags.
+
+    moefix's own options: --moefix-skip-tune, --moefix-fresh, --moefix-strict, --moefix-quiet, --moefix-dry-run,
+    --moefix-smem-limit BYTES, --moefix-home DIR, --moefix-sglang-root DIR, each also as a variable (MOEFIX_HOME ...).
+    """
+    from fixer.serve import serve
+
+    with _interruptible():
+        serve(arguments)

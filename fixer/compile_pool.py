@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import statistics
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -236,6 +237,8 @@ def _compile_for(pipe: Connection, target: Target) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     silence = os.open(os.devnull, os.O_RDWR)
+    # Triton imports PyTorch where it finds it, for nothing that compiling needs; that costs each worker seconds.
+    sys.modules["torch"] = None  # type: ignore[assignment]
     for stream in (0, 1, 2):  # Triton prints the assembly of what ptxas refuses
         os.dup2(silence, stream)
     with planning_driver(target.arch), suppress(EOFError, OSError):

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
@@ -351,19 +351,14 @@ def own_choices(tree: Tree, lookup: Lookup, workload: Workload, card: Card) -> C
         up, up_source = tree.default_tile(workload, card, tokens), "default"
         if up_rows is not None:
             up, up_source = nearest_row(up_rows, tokens), str(lookup.gate_up_path)
-        down, down_source = up, up_source
+        # Without a file of its own the down projection reuses the gate-up's row, but never its TMA (CFG:142-161).
+        down, down_source = replace(up, use_tma=False), up_source
         if down_rows is not None:
             chosen = nearest_row(down_rows, tokens)
-            down, down_source = _with_block_m(chosen, up.block_m), str(lookup.down_path)
+            down, down_source = replace(chosen, block_m=up.block_m), str(lookup.down_path)
         return OwnChoice(up, down, up_source, down_source)
 
     return choose
-
-
-def _with_block_m(tile: Tile, block_m: int) -> Tile:
-    return Tile(
-        block_m, tile.block_n, tile.block_k, tile.group_m, tile.num_warps, tile.num_stages, use_tma=tile.use_tma
-    )
 
 
 def _usable_rows(path: Path | None) -> dict[int, Tile] | None:

@@ -1,0 +1,47 @@
+"""What several test files need: SGLang's trees and the models of the look-up cases, kept between runs."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fixer.sglang_tree import RELEASES, Tree, fetched_tree
+
+REPOSITORY = Path(__file__).parent.parent
+CASES: list[dict[str, Any]] = json.loads((Path(__file__).parent / "data" / "lookup-cases.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def moefix_home() -> Path:
+    """A data folder that stays between runs, with fetched trees and what was compiled (MOEFIX_TEST_HOME names it)."""
+    named = os.environ.get("MOEFIX_TEST_HOME")
+    home = Path(named) if named else REPOSITORY / ".cache"
+    home.mkdir(parents=True, exist_ok=True)
+    if not named:
+        (home / ".gitignore").write_text("*\n")
+    return home
+
+
+@pytest.fixture(scope="session")
+def trees(moefix_home: Path) -> dict[str, Tree]:
+    """The three releases that moefix is tested against, by version."""
+    return {version: fetched_tree(version, moefix_home / "cache") for version in RELEASES}
+
+
+@pytest.fixture(scope="session")
+def cases() -> dict[str, dict[str, Any]]:
+    """The look-up cases by id."""
+    return {case["id"]: case for case in CASES}
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder with config.json for each look-up case, by the case's id."""
+    root = tmp_path_factory.mktemp("models")
+    for case in CASES:
+        folder = root / case["id"]
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(case["config"]))
+    return {case["id"]: root / case["id"] for case in CASES}
