@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -78,7 +79,7 @@ class Job:
     @property
     def target(self) -> Target:
         """What to compile for."""
-        return Target(read_kernel_source(self.tree.kernel_source), self.card.arch, self.home / "cache" / "kernels")
+        return Target(read_kernel_source(self.tree.kernel_source), self.card.arch, self.home / "kernels")
 
     @property
     def environment(self) -> Environment:
@@ -205,6 +206,7 @@ class _Session:
             timings = tuple(timing for (kernel, _), timing in best_known.items() if kernel in looks)
             if runner.restarts:
                 self._notes.append(f"the measuring process was started anew {runner.restarts} times")
+        shutil.rmtree(self._scratch, ignore_errors=True)  # the journal has all that was learnt from it
         artefact = Artefact(
             environment=job.environment,
             model=job.model,
@@ -233,10 +235,15 @@ class _Session:
             devices=[card.index or 0 for card in job.cards],
             rows=job.rows,
             shared_limit=job.card.shared_memory,
-            folder=job.home / "cache" / "triton-search",
+            folder=self._scratch,
             patient=self._own_tiles,
             deadline=FixedDeadline(60.0) if job.exhaustive else AdaptiveDeadline(),
         )
+
+    @property
+    def _scratch(self) -> Path:
+        """Triton's cache folder for candidates; a resumed run finds there what was compiled before it was killed."""
+        return self._job.home / "cache" / "triton-search"
 
     @property
     def _own_tiles(self) -> list[Tile]:
