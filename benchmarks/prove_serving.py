@@ -4,8 +4,10 @@
 
 Starts `python entrypoint.py --model FOLDER ...` three times (empty data folder; kept artefact; a dense model), waits
 until the server is healthy, asks /generate once, stops it with SIGTERM, and writes what happened to OUT/proof.json with
-the logs beside it. Exits 1 when a start did not do what it should: the first must tune and SGLang's log must name both
-files, the second must not tune.
+the logs beside it. After the first answer each start is asked for one token at several prompt lengths, the first time
+and four times more: `first_token_seconds`. With --unwarmed a fourth start uses an empty Triton cache, to show what
+compiling ahead is worth. Exits 1 when a start did not do what it should: the first must tune and SGLang's log must name
+both files, the second must not tune.
 """
 
 from __future__ import annotations
@@ -14,10 +16,13 @@ import argparse
 import json
 import os
 import platform
+import random
 import re
 import signal
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -39,11 +44,13 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=30000)
     parser.add_argument("--wait", type=float, default=400)
     parser.add_argument("--starts", type=int, default=2)
+    parser.add_argument("--unwarmed", action="store_true")
     parser.add_argument("flags", nargs="*", help="further SGLang flags, after --")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     starts = [("first", options.model), ("second", options.model)][: options.starts]
     starts += [("dense", options.dense)] if options.dense else []
+    starts += [("unwarmed", options.model)] if options.unwarmed else []
     results = [start(name, model, options) for name, model in starts]
     proof = {"environment": environment(), "starts": results}
     (options.out / "proof.json").write_text(json.dumps(proof, indent=1) + "\n")
@@ -58,6 +65,8 @@ def start(name: str, model: str, options: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, str(ROOT / "entrypoint.py"), "--model", model, "--host", "127.0.0.1"]
     command += ["--port", str(options.port), *options.flags]
     variables = {**os.environ, "MOEFIX_HOME": str(options.home), "PYTHONUNBUFFERED": "1"}
+    if name == "unwarmed":
+        variables["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="moefix-unwarmed-")
     began = time.monotonic()
     with log.open("wb") as stream:
         process = subprocess.Popen(
@@ -72,6 +81,7 @@ def start(name: str, model: str, options: argparse.Namespace) -> dict[str, Any]:
             break
         time.sleep(0.02 if seconds_to_server is None else 1.0)
     answer = generate(options.port) if seconds_to_health else None
+    first_tokens = first_token_seconds(options.port) if answer else None
     same_process = is_server(process.pid)
     process.send_signal(signal.SIGTERM)
     try:
@@ -88,6 +98,7 @@ def start(name: str, model: str, options: argparse.Namespace) -> dict[str, Any]:
         "server_has_moefix_process_id": same_process,
         "exit_code_after_sigterm": code,
         "generate": answer,
+        "first_token_seconds": first_tokens,
         "files_used": sorted({Path(path).name for path in USING.findall(text)}),
         "files_missing": sorted({Path(path).name for path in DEFAULT.findall(text)}),
         "moefix_lines": LAUNCHED.findall(text),
@@ -122,6 +133,23 @@ def generate(port: int) -> dict[str, Any] | None:
     if answer is None:
         return None
     return {"seconds": round(time.monotonic() - began, 3), "output_ids": answer["output_ids"]}
+
+
+def first_token_seconds(port: int) -> dict[str, dict[str, float]]:
+    """For prompts of several lengths: seconds to the first token, of the first such request and of later ones."""
+    seconds = {}
+    sampling = {"temperature": 0, "max_new_tokens": 1, "ignore_eos": True}
+    ids = random.Random(7)
+    for length in (50, 300, 700, 1400, 1900, 3000, 4000):
+        times = []
+        for _ in range(5):
+            prompt = [ids.randrange(10, 150000) for _ in range(length)]  # new ids: nothing is cached
+            began = time.monotonic()
+            ask(port, "/generate", {"input_ids": prompt, "sampling_params": sampling})
+            times.append(time.monotonic() - began)
+        later = statistics.median(times[1:])
+        seconds[str(length)] = {"first": round(times[0], 4), "later": round(later, 4), "ratio": times[0] / later}
+    return seconds
 
 
 def problems(result: dict[str, Any]) -> list[str]:

@@ -164,7 +164,7 @@ class CompilePool:
 
     def _feed(self) -> None:
         while self._waiting:
-            worker = next((worker for worker in self._workers if worker.work is None), None)
+            worker = self._idle_worker()
             if worker is None:
                 if len(self._workers) >= self._size:
                     return
@@ -175,6 +175,14 @@ class CompilePool:
             except OSError:  # it died while idle: the next worker gets the candidate
                 self._waiting.appendleft(worker.work)
                 self._discard(worker)
+
+    def _idle_worker(self) -> _Worker | None:
+        """A worker that waits for work; those that died while idle are taken away."""
+        for worker in [worker for worker in self._workers if worker.work is None]:
+            if worker.process.is_alive():
+                return worker
+            self._discard(worker)
+        return None
 
     def _allowed(self, worker: _Worker) -> float:
         """Seconds that a worker's candidate may take."""
@@ -201,9 +209,9 @@ class CompilePool:
             except (EOFError, OSError):
                 self._discard(worker)
                 return candidate, Compiled(CompileOutcome.CRASHED, seconds=seconds, message="the compiler died")
+            worker.work = None
             if isinstance(compiled, Exception):
                 raise compiled
-            worker.work = None
             if compiled.outcome is CompileOutcome.OK:
                 self._deadline.observe(compiled.seconds)
             return candidate, compiled

@@ -198,9 +198,18 @@ def compile_candidate(target: Target, candidate: Candidate) -> Compiled:
     except SGLangError:
         raise
     except Exception as error:  # whatever the compiler throws at a bad tile
-        message = f"{type(error).__name__}: {error}".strip().splitlines()
-        return Compiled(CompileOutcome.FAILED, seconds=time.monotonic() - started, message=(message or [""])[0][:500])
+        return Compiled(CompileOutcome.FAILED, seconds=time.monotonic() - started, message=complaint(error))
     return Compiled(CompileOutcome.OK, int(kernel.metadata.shared), time.monotonic() - started)
+
+
+def complaint(error: BaseException) -> str:
+    """One line of a compiler's or loader's error: its name and what it says.
+
+    Triton's CompilationError begins with the place and ends with the reason; others begin with what matters.
+    """
+    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+    name = type(error).__name__
+    return f"{name}: {lines[-1 if name == 'CompilationError' else 0]}"[:500]
 
 
 def warm_kernel(target: Target, candidate: Candidate) -> Any:

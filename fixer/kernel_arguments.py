@@ -304,7 +304,8 @@ def _common_arguments(
         "MUL_ROUTED_WEIGHT": not product.is_up,
         "top_k": product.fan_out,
         "compute_type": context.compute_type,
-        "even_Ks": product.depth % tile.block_k == 0,
+        # SGLang looks at the stored width there, which for packed 4-bit weights is half the depth.
+        "even_Ks": b.shape[2] % tile.block_k == 0,
         # Only expert parallelism leaves tokens whose expert is elsewhere (moe_runner/triton.py:124).
         "filter_expert": product.workload.ep_size > 1,
         **_tile_arguments(tile),

@@ -214,9 +214,7 @@ def test_the_nearest_row_is_taken_and_the_files_order_breaks_ties():
 
 
 def test_the_down_file_gets_the_gate_up_files_block_m(own_tree):
-    up_path = put(
-        own_tree.configs, "3_6_0", own_tree.file_name(QWEN, ADA, UP), {1: ROW, 64: replace(ROW, block_m=64)}
-    )
+    up_path = put(own_tree.configs, "3_6_0", own_tree.file_name(QWEN, ADA, UP), {1: ROW, 64: replace(ROW, block_m=64)})
     down_tile = Tile(32, 128, 128, 16, 8, 3, use_tma=True)
     down_path = put(own_tree.configs, "3_6_0", own_tree.file_name(QWEN, ADA, DOWN), {1: down_tile})
     choose = own_choices(own_tree, own_tree.lookup(QWEN, ADA), QWEN, ADA)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fixer.errors import CardError, TuneError
-from fixer.kernel import Candidate, Target, kernel_function, warm_kernel
+from fixer.kernel import Candidate, Target, complaint, kernel_function, warm_kernel
 from fixer.kernel_arguments import LaunchContext, Product, Role, launch_arguments, padded_tokens
 from fixer.workload import Projection, Workload
 
@@ -156,14 +156,14 @@ class Bench:
         try:
             launcher = warm_kernel(self.setup.target, Candidate(self.setup.workload, kernel.projection, kernel.tile))
         except Exception as error:
-            return Build(kernel, Outcome.COMPILE_ERROR, message=_first_line(error))
+            return Build(kernel, Outcome.COMPILE_ERROR, message=complaint(error))
         shared = int(launcher.metadata.shared)
         if shared > self.setup.shared_limit:
             return Build(kernel, Outcome.TOO_MUCH_SHARED_MEMORY, shared)
         try:
             launcher._init_handles()
         except OutOfResources as error:
-            return Build(kernel, Outcome.TOO_MUCH_SHARED_MEMORY, shared, message=_first_line(error))
+            return Build(kernel, Outcome.TOO_MUCH_SHARED_MEMORY, shared, message=complaint(error))
         build = Build(kernel, Outcome.OK, shared, int(launcher.n_regs), int(launcher.n_spills))
         loaded = Loaded(kernel, launcher, build)
         wrong_by = self._error_of(loaded)
@@ -261,8 +261,3 @@ class Bench:
 
         medians = {kernel: statistics.median(values) for kernel, values in times.items()}
         return KernelDuel(Duel(tokens, Via.KERNELS, sums(own) if own else (), sums(tuned)), medians)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = f"{type(error).__name__}: {error}".strip().splitlines()
-    return lines[0][:500] if lines else type(error).__name__
