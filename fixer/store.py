@@ -20,6 +20,7 @@ import socket
 import stat
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
@@ -777,6 +778,22 @@ def find_artefact(home: Path, environment: Environment, workload: Workload) -> F
             if not parts:
                 return Found(other, None, tuple(dict.fromkeys(reports)))
     return Found(None, min(near, key=lambda mismatch: len(mismatch.parts), default=None), tuple(dict.fromkeys(reports)))
+
+
+def earlier_tiles(home: Path, workload: Workload, most: int = 24) -> tuple[Tile, ...]:
+    """What earlier tunings on this volume chose for the same number format, the most frequent first.
+
+    Whatever they were measured with: as something to try, a winner of another card, shape or Triton is good enough.
+    """
+    wins: Counter[Tile] = Counter()
+    for path in _artefact_files(home):
+        artefact, _ = _load(path)
+        if artefact is None or not artefact.measured:
+            continue
+        other = artefact.workload
+        if other.number_format is workload.number_format and bool(other.block_shape) == bool(workload.block_shape):
+            wins.update(tile for row in artefact.rows for tile in (row.gate_up, row.down) if not tile.use_tma)
+    return tuple(tile for tile, _ in wins.most_common(most))
 
 
 def _artefact_files(home: Path) -> tuple[Path, ...]:

@@ -19,7 +19,7 @@ from fixer.gpu import Card
 from fixer.kernel import Candidate, Target, read_kernel_source
 from fixer.progress import Progress
 from fixer.sglang_tree import Lookup, Tree, own_choices
-from fixer.store import Artefact, Decision, Environment, Lock, RowChoice, safe_name, utc_now
+from fixer.store import Artefact, Decision, Environment, Lock, RowChoice, earlier_tiles, safe_name, utc_now
 from fixer.tuning.finals import LEAST_GAIN, Duel, DuelRequest, KernelDuel, TilePair
 from fixer.tuning.journal import Journal, JournaledRunner, RunKey
 from fixer.tuning.process import ChildProcess, Fate, Handler
@@ -257,7 +257,8 @@ class _Session:
             everything = tuple(Space(job.workload).all())
             limits = Limits(seeds=len(everything), kernels=2 * len(everything) + 2 * len(own))
             return Search(job.workload, job.rows, everything, own, limits)
-        return Search(job.workload, job.rows, seeds(job.tree.shipped_files(), job.workload, job.card), own)
+        earlier = earlier_tiles(job.home, job.workload)
+        return Search(job.workload, job.rows, seeds(job.tree.shipped_files(), job.workload, job.card, earlier), own)
 
     def _run_rounds(self, search: Search, runner: JournaledRunner) -> dict[object, Look]:
         looks: dict[object, Look] = {}

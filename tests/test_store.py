@@ -526,3 +526,23 @@ def test_another_users_lock_file_still_locks(open_folder):
         pass
     holder.kill()
     holder.communicate()
+
+
+# --- what earlier tunings chose -------------------------------------------------------------------------------------
+
+
+def test_earlier_tiles_are_those_of_the_same_format_the_most_frequent_first(tmp_path):
+    other_shape = replace(ARTEFACT, workload=replace(LAYER, experts=64))
+    other_format = replace(ARTEFACT, workload=replace(LAYER, block_shape=None), environment=replace(HERE, card="other"))
+    for artefact in (other_shape, other_format):
+        save_artefact(tmp_path, artefact)
+    tiles = store.earlier_tiles(tmp_path, LAYER)
+    assert tiles[0] == LARGE  # three rows of it against two of the small one
+    assert set(tiles) == {LARGE, SMALL}  # and no tile that needs TMA
+    assert store.earlier_tiles(tmp_path, replace(LAYER, number_format=NumberFormat.NONE)) == ()
+
+
+def test_a_tuning_that_was_not_measured_is_no_seed(tmp_path):
+    fitting = tuple(RowChoice(row.batch, row.gate_up, row.gate_up, Decision.FITTING_ONLY) for row in ROWS)
+    save_artefact(tmp_path, replace(ARTEFACT, rows=fitting, measured=False))
+    assert store.earlier_tiles(tmp_path, LAYER) == ()
