@@ -255,7 +255,7 @@ class _Session:
         own = self._own_tiles
         if job.exhaustive:
             everything = tuple(Space(job.workload).all())
-            limits = Limits(seeds=len(everything), kernels=2 * len(everything) + 2 * len(own))
+            limits = Limits(seeds=2 * len(everything), kernels=2 * (len(everything) + len(own)))
             return Search(job.workload, job.rows, everything, own, limits)
         earlier = earlier_tiles(job.home, job.workload)
         return Search(job.workload, job.rows, seeds(job.tree.shipped_files(), job.workload, job.card, earlier), own)

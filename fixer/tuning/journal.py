@@ -27,6 +27,12 @@ CREATE TABLE IF NOT EXISTS timings (run TEXT NOT NULL, projection TEXT NOT NULL,
     tokens INTEGER NOT NULL, microseconds REAL NOT NULL, least REAL NOT NULL, replays INTEGER NOT NULL,
     at TEXT NOT NULL, PRIMARY KEY (run, projection, tile, tokens, replays)) STRICT;
 """
+_COLUMNS = {
+    "runs": "run environment workload began",
+    "builds": "run projection tile outcome shared_bytes registers spills compile_seconds message at",
+    "timings": "run projection tile tokens microseconds least replays at",
+}
+"""What the tables above have, to tell a file of another form."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class Journal:
 
     def __init__(self, path: Path, key: RunKey) -> None:
         self._path = path
+        self._key = key
         self._run = key.digest
         self.notes: tuple[str, ...] = ()
         make_folder(path.parent)
@@ -63,26 +70,44 @@ class Journal:
             if isinstance(error, sqlite3.OperationalError) and "malformed" not in str(error):
                 raise self._unusable(error) from error
             self.notes = (str(set_aside(path, f"the journal is damaged: {error}")),)
-            self._database = self._open()
+            # What SQLite keeps for undoing a write belongs to the damaged file, and would spoil the new one.
+            undo = path.with_name(path.name + "-journal")
+            if undo.exists():
+                set_aside(undo, "it belongs to a damaged journal")
+            try:
+                self._database = self._open()
+            except sqlite3.Error as again:
+                raise self._unusable(again) from again
         with suppress(OSError):
             take_owner_of(path.parent, path)
-        with self._database as database:
-            database.execute(
-                "INSERT OR IGNORE INTO runs VALUES (?, ?, ?, ?)",
-                (self._run, repr(key.environment), repr(key.workload), utc_now()),
-            )
 
     def _open(self) -> sqlite3.Connection:
         database = sqlite3.connect(self._path, timeout=30)
         try:
             if database.execute("PRAGMA quick_check").fetchone() != ("ok",):
                 raise sqlite3.DatabaseError("malformed: its own check fails")
-            database.execute("PRAGMA synchronous = NORMAL")
+            # Waiting for the disk at every trial would cost seconds. What was written outlives this process's death;
+            # a power cut may damage the file, which is then set aside and measured anew.
+            database.execute("PRAGMA synchronous = OFF")
             database.executescript(_SCHEMA)
+            self._check_columns(database)
+            with database:
+                database.execute(
+                    "INSERT OR IGNORE INTO runs VALUES (?, ?, ?, ?)",
+                    (self._run, repr(self._key.environment), repr(self._key.workload), utc_now()),
+                )
         except BaseException:
             database.close()
             raise
         return database
+
+    @staticmethod
+    def _check_columns(database: sqlite3.Connection) -> None:
+        """A database of another form is as useless as a damaged one."""
+        for table, columns in _COLUMNS.items():
+            found = [row[1] for row in database.execute(f"PRAGMA table_info({table})")]
+            if found != columns.split():
+                raise sqlite3.DatabaseError(f"malformed: the columns of {table} are not known")
 
     def _unusable(self, error: Exception) -> StoreError:
         return StoreError(
@@ -95,9 +120,12 @@ class Journal:
 
     def forget(self) -> None:
         """Drop this key's trials (`--fresh`)."""
-        with self._database as database:
-            for table in ("builds", "timings"):
-                database.execute(f"DELETE FROM {table} WHERE run = ?", (self._run,))  # noqa: S608 (a constant)
+        try:
+            with self._database as database:
+                for table in ("builds", "timings"):
+                    database.execute(f"DELETE FROM {table} WHERE run = ?", (self._run,))  # noqa: S608 (a constant)
+        except sqlite3.Error as error:
+            raise self._unusable(error) from error
 
     def write(self, look: Look) -> None:
         """Keep a look, build and timings together."""
@@ -118,6 +146,11 @@ class Journal:
                         utc_now(),
                     ),
                 )
+                if build.outcome is not Outcome.OK:
+                    database.execute(
+                        "DELETE FROM timings WHERE run = ? AND projection = ? AND tile = ?",
+                        (self._run, *_kernel_key(build.kernel)),
+                    )
                 self._insert(database, look.timings)
         except sqlite3.Error as error:
             raise self._unusable(error) from error
@@ -208,7 +241,8 @@ class JournaledRunner:
         for look in self._inner.look(fresh):
             self._journal.write(look)
             known = self._looks.get(look.build.kernel)
-            yield Look(look.build, (*known.timings, *look.timings)) if known is not None else look
+            runs = look.build.outcome is Outcome.OK  # one that failed now is not to be chosen for its older times
+            yield Look(look.build, (*known.timings, *look.timings)) if known is not None and runs else look
 
     @staticmethod
     def _missing_rows(request: Request, known: Look | None) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ are worth more than any clever search.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from fixer.gpu import Card
@@ -30,6 +30,37 @@ RELATED: dict[NumberFormat, tuple[NumberFormat, ...]] = {
 FOREIGN_WEIGHT = 0.02
 """A related format's win counts this much: it only fills up a list that would be short."""
 
+_ANCHORS = (
+    (128, 128, 1, 4, 3),
+    (256, 128, 1, 8, 3),
+    (64, 128, 1, 4, 4),
+    (128, 64, 16, 4, 4),
+    (64, 64, 1, 4, 3),
+)
+_WEIGHT_ONLY_ANCHORS = (
+    (64, 64, 1, 4, 3),
+    (32, 64, 1, 4, 4),
+    (64, 128, 1, 4, 2),
+    (128, 64, 1, 8, 3),
+    (32, 128, 1, 4, 3),
+)
+"""(BLOCK_SIZE_N, BLOCK_SIZE_K, GROUP_SIZE_M, warps, stages), spread over the middle of the space. Weight-only kernels
+unpack their weights in registers, so that wide blocks spill there."""
+
+_WEIGHT_ONLY = (NumberFormat.INT4_W4A16, NumberFormat.INT8_W8A16)
+
+
+def anchors(workload: Workload, block_m: int) -> list[Tile]:
+    """Plain configurations of one BLOCK_SIZE_M, for heights that the shipped files leave out.
+
+    Half of all wins have a BLOCK_SIZE_M of 16, since most rows of the files are small; a search that saw no tall
+    block that fits lost 10 % at M = 4096 in replays with limited shared memory or another format's seeds.
+    """
+    space = Space(workload)
+    shapes = _WEIGHT_ONLY_ANCHORS if workload.number_format in _WEIGHT_ONLY else _ANCHORS
+    tiles = (Tile(block_m, *shape) for shape in shapes)
+    return [tile for tile in tiles if space.allows(tile)]
+
 
 def seeds(files: Iterable[TuningFile], workload: Workload, card: Card, extra: Sequence[Tile] = ()) -> tuple[Tile, ...]:
     """Configurations in the order in which they are worth trying, each once.
@@ -39,7 +70,7 @@ def seeds(files: Iterable[TuningFile], workload: Workload, card: Card, extra: Se
         extra: configurations that come first (earlier artefacts of this machine, SGLang's own choice).
     """
     space = Space(workload)
-    wins: Counter[Tile] = Counter()
+    wins: dict[Tile, float] = defaultdict(float)
     for file in files:
         weight = _format_weight(file, workload) * _card_weight(file, card) * _shape_weight(file, workload)
         if weight == 0:
@@ -47,7 +78,7 @@ def seeds(files: Iterable[TuningFile], workload: Workload, card: Card, extra: Se
         for tile in file.rows.values():
             plain = Tile(tile.block_m, tile.block_n, tile.block_k, tile.group_m, tile.num_warps, tile.num_stages)
             if space.allows(plain):
-                wins[plain] += weight  # type: ignore[assignment]
+                wins[plain] += weight
     ranked = sorted(wins, key=lambda tile: (-wins[tile], tile))
     return tuple(dict.fromkeys([*(tile for tile in extra if space.allows(tile)), *ranked]))
 
