@@ -17,7 +17,7 @@ from fixer.tuning.trials import Kernel, Outcome
 from fixer.workload import NumberFormat, Projection, Workload
 
 sys.path.insert(0, str(Path(__file__).parent))
-import faults  # noqa: E402
+import faults
 
 pytestmark = pytest.mark.gpu
 ROWS = (1, 16, 256)
