@@ -118,6 +118,11 @@ class CompilePool:
         """Candidates that have no result yet."""
         return len(self._waiting) + sum(worker.work is not None for worker in self._workers)
 
+    @property
+    def waiting(self) -> int:
+        """Candidates that nobody has begun to compile."""
+        return len(self._waiting)
+
     def submit(self, candidates: Iterable[Candidate], cache: Path | None = None, seconds: float | None = None) -> None:
         """Queue candidates; the ones submitted first are compiled first.
 

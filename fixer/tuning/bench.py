@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,7 @@ class Setup:
         workload: the layer.
         target: SGLang's kernel and the card's architecture.
         cache: Triton's cache folder, where the compiling processes leave their work.
+        server_cache: Triton's cache folder of the server, where its driver and launchers are built.
         device: CUDA's index among the visible devices.
         rows: every M that will be timed.
         shared_limit: bytes of shared memory a block may use.
@@ -65,6 +68,7 @@ class Setup:
     workload: Workload
     target: Target
     cache: Path
+    server_cache: Path
     device: int
     rows: tuple[int, ...]
     shared_limit: int
@@ -92,6 +96,8 @@ class Bench:
         torch.cuda.set_device(setup.device)
         self._device = torch.device("cuda", setup.device)
         self._clock = Clock(self._device)
+        with triton_cache(setup.server_cache):
+            build_driver()
         self._generator = torch.Generator(self._device).manual_seed(setup.seed)
         self._loaded: dict[Kernel, Loaded | Build] = {}
         self._chosen: dict[int, list[torch.Tensor]] = {}
@@ -161,7 +167,8 @@ class Bench:
         if shared > self.setup.shared_limit:
             return Build(kernel, Outcome.TOO_MUCH_SHARED_MEMORY, shared)
         try:
-            launcher._init_handles()
+            with triton_cache(self.setup.server_cache):  # the launcher's C code is the server's too
+                launcher._init_handles()
         except OutOfResources as error:
             return Build(kernel, Outcome.TOO_MUCH_SHARED_MEMORY, shared, message=complaint(error))
         build = Build(kernel, Outcome.OK, shared, int(launcher.n_regs), int(launcher.n_spills))
@@ -261,3 +268,24 @@ class Bench:
 
         medians = {kernel: statistics.median(values) for kernel, values in times.items()}
         return KernelDuel(Duel(tokens, Via.KERNELS, sums(own) if own else (), sums(tuned)), medians)
+
+
+@contextmanager
+def triton_cache(folder: Path) -> Iterator[None]:
+    """Have Triton use a cache folder for what it compiles within the `with` statement."""
+    before = os.environ.get("TRITON_CACHE_DIR")
+    os.environ["TRITON_CACHE_DIR"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TRITON_CACHE_DIR"]
+        else:
+            os.environ["TRITON_CACHE_DIR"] = before
+
+
+def build_driver() -> None:
+    """Have Triton build its CUDA helper (a second of the C compiler) before the first kernel waits for it."""
+    from triton.runtime import driver
+
+    driver.active.get_current_target()

@@ -23,11 +23,15 @@ from .bench import Setup
 from .finals import DuelRequest, KernelDuel
 from .measure import LookAt, TimeCloser, measuring_handler
 from .process import ChildProcess, Fate, Handler
-from .runner import Look, Request
+from .runner import Look, More, Request
 from .trials import Build, Kernel, Outcome, Timing
+from .warm import server_triton_cache
 
 LOOK_SECONDS = 30.0
 """A kernel that keeps the card busy for longer hangs, or is of no use."""
+
+EARLY_ROUND = 0.6
+"""The next round is asked for when nothing waits to be compiled and this share of all so far is answered."""
 
 AHEAD_SECONDS = 120.0
 """Seconds: a kernel that the server will launch is compiled to its end, however slow its compilation is."""
@@ -100,7 +104,7 @@ class CardRunner:
         self._limit = shared_limit
         self._patient = frozenset(patient)
         self._pool = CompilePool(target, folder, workers or compiling_cores(), deadline or AdaptiveDeadline())
-        setup = Setup(workload, target, folder, devices[0], tuple(rows), shared_limit)
+        setup = Setup(workload, target, folder, server_triton_cache(), devices[0], tuple(rows), shared_limit)
         self._cards = [
             _Card(
                 ChildProcess(partial(factory, replace(setup, device=device))),
@@ -125,23 +129,36 @@ class CardRunner:
         """How often a measuring process had to be started anew."""
         return sum(max(0, card.child.restarts) for card in self._cards)
 
-    def look(self, requests: Sequence[Request]) -> Iterator[Look]:
+    def look(self, requests: Sequence[Request], more: More | None = None) -> Iterator[Look]:
         """Compile and look; see `Runner.look`."""
-        by_candidate = {self._candidate(request.kernel): request for request in requests}
+        wanted: dict[Candidate, Request] = {}
         answers: dict[Kernel, _Answer] = {}
-        patient = [candidate for candidate in by_candidate if candidate.tile in self._patient]
-        self._pool.submit(patient, seconds=AHEAD_SECONDS)
-        self._pool.submit(candidate for candidate in by_candidate if candidate.tile not in self._patient)
+        answered = 0
+        self._submit(requests, wanted)
         while self._pool.busy or answers:
             for candidate, compiled in self._pool.poll():
-                request = by_candidate[candidate]
+                request = wanted[candidate]
                 build = self._judge(request.kernel, compiled)
                 if build.outcome is Outcome.OK:
                     answers[request.kernel] = _Answer(build, self._hand_out(request))
                 else:
+                    answered += 1
                     yield Look(build)
             self._send_waiting()
-            yield from self._receive(answers)
+            for look in self._receive(answers):
+                answered += 1
+                yield look
+            if more is not None and not self._pool.waiting and answered >= EARLY_ROUND * len(wanted):
+                further = more()
+                self._submit(further, wanted)
+                more = more if further else None
+
+    def _submit(self, requests: Sequence[Request], wanted: dict[Candidate, Request]) -> None:
+        """Have kernels compiled, SGLang's own first and to their end."""
+        fresh = {self._candidate(request.kernel): request for request in requests}
+        wanted.update(fresh)
+        self._pool.submit((c for c in fresh if c.tile in self._patient), seconds=AHEAD_SECONDS)
+        self._pool.submit(c for c in fresh if c.tile not in self._patient)
 
     def _candidate(self, kernel: Kernel) -> Candidate:
         return Candidate(self._workload, kernel.projection, kernel.tile)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
@@ -13,7 +14,7 @@ from fixer.errors import StoreError
 from fixer.store import Environment, make_folder, set_aside, take_owner_of, utc_now
 from fixer.workload import Projection, Tile, Workload
 
-from .runner import Look, Request, Runner
+from .runner import Look, More, Request, Runner
 from .trials import Build, Kernel, Outcome, Timing
 
 _SCHEMA = """
@@ -228,21 +229,42 @@ class JournaledRunner:
         self._timings = {(t.kernel, t.tokens, t.replays): t for t in journal.timings()}
         self.resumed = len(self._looks)
 
-    def look(self, requests: Sequence[Request]) -> Iterator[Look]:
+    def look(self, requests: Sequence[Request], more: More | None = None) -> Iterator[Look]:
         """What is known first, at once; then the rest."""
-        fresh = []
+        known_looks, fresh = self._split(requests)
+        yield from known_looks
+        waiting: deque[Look] = deque()
+
+        def fresh_more() -> Sequence[Request]:
+            known_later, fresh_later = self._split(more() if more is not None else ())
+            waiting.extend(known_later)
+            return fresh_later
+
+        for look in self._inner.look(fresh, fresh_more if more is not None else None):
+            self._journal.write(look)
+            yield self._with_known(look)
+            while waiting:
+                yield waiting.popleft()
+        yield from waiting
+
+    def _split(self, requests: Sequence[Request]) -> tuple[list[Look], list[Request]]:
+        """What the journal answers, and what is still to be measured."""
+        looks, fresh = [], []
         for request in requests:
             known = self._looks.get(request.kernel)
             missing = self._missing_rows(request, known)
             if known is not None and not missing:
-                yield known
+                looks.append(known)
             else:
                 fresh.append(Request(request.kernel, missing))
-        for look in self._inner.look(fresh):
-            self._journal.write(look)
-            known = self._looks.get(look.build.kernel)
-            runs = look.build.outcome is Outcome.OK  # one that failed now is not to be chosen for its older times
-            yield Look(look.build, (*known.timings, *look.timings)) if known is not None and runs else look
+        return looks, fresh
+
+    def _with_known(self, look: Look) -> Look:
+        """A fresh look together with the rows that were known; one that failed now is not chosen for older times."""
+        known = self._looks.get(look.build.kernel)
+        if known is None or look.build.outcome is not Outcome.OK:
+            return look
+        return Look(look.build, (*known.timings, *look.timings))
 
     @staticmethod
     def _missing_rows(request: Request, known: Look | None) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from typing import TextIO
 from fixer.errors import UsageError
 from fixer.workload import Projection, Tile
 
-from .runner import Look, Request
+from .runner import Look, More, Request
 from .search import Pair, Search
 from .space import BOTH
 from .trials import Build, Kernel, Outcome, Timing
@@ -212,8 +212,9 @@ class ReplayRunner:
         self.trials = 0
         self.compile_seconds = 0.0
 
-    def look(self, requests: Sequence[Request]) -> Iterator[Look]:
-        """Answer in the order of the requests."""
+    def look(self, requests: Sequence[Request], more: More | None = None) -> Iterator[Look]:
+        """Answer in the order of the requests, a whole round before the next."""
+        del more
         for request in requests:
             yield self._look(request)
 

@@ -26,11 +26,20 @@ class Look:
     timings: tuple[Timing, ...] = ()
 
 
+More = Callable[[], Sequence["Request"]]
+"""Asks the search for another round, with what it has been told so far; nothing where it has none."""
+
+
 class Runner(Protocol):
     """Measures kernels. Answers come in the order in which they are ready."""
 
-    def look(self, requests: Sequence[Request]) -> Iterator[Look]:
-        """Compile each kernel and take a short look at its rows; one answer a request."""
+    def look(self, requests: Sequence[Request], more: More | None = None) -> Iterator[Look]:
+        """Compile each kernel and take a short look at its rows; one answer a request.
+
+        Args:
+            more: a runner may ask for the next round before this one is done, so that no processor waits for the
+                round's slowest kernel; those are answered too.
+        """
         ...
 
     def closer(self, wanted: Iterable[tuple[Kernel, int]], replays: int) -> Iterator[Timing]:
@@ -38,7 +47,7 @@ class Runner(Protocol):
         ...
 
 
-CLOSER_LOOKS = ((0.015, 7), (0.006, 17))
+CLOSER_LOOKS = ((0.015, 7), (0.006, 15))
 """Halving: (how near to the row's best, replays it then gets)."""
 
 Observer = Callable[[Look], None]
@@ -46,9 +55,12 @@ Observer = Callable[[Look], None]
 
 def run_rounds(search: Search, runner: Runner, on_look: Observer | None = None) -> None:
     """Rounds of looks, until the search has nothing more to ask."""
-    while kernels := search.next_kernels():
-        requests = [Request(kernel, tuple(search.sensible_rows(kernel.tile))) for kernel in kernels]
-        for look in runner.look(requests):
+
+    def next_round() -> list[Request]:
+        return [Request(kernel, tuple(search.sensible_rows(kernel.tile))) for kernel in search.next_kernels()]
+
+    while requests := next_round():
+        for look in runner.look(requests, next_round):
             search.told(look.build)
             for timing in look.timings:
                 search.timed(timing)

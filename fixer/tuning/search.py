@@ -99,6 +99,9 @@ OF_EACH_HEIGHT = 4
 PLAIN_OF_EACH_HEIGHT = 3
 """Of each sensible BLOCK_SIZE_M the first round has at least so many seeds, and so many plain configurations."""
 
+CLOSEST = 6
+"""No more kernels than this, of one row, projection and BLOCK_SIZE_M, get a closer look."""
+
 HOPELESS_HEIGHT = 1.3
 """A BLOCK_SIZE_M whose best of several pairs is slower by this factor is not timed for the row any more."""
 SEVERAL = 3
@@ -372,11 +375,9 @@ class Search:
     ) -> list[tuple[Kernel, int]]:
         times = self._times[projection, tokens]
         limit = times[best].microseconds + slack
-        return [
-            (timing.kernel, tokens)
-            for tile, timing in times.items()
-            if tile.block_m == best.block_m and timing.microseconds <= limit and timing.replays < replays
-        ]
+        near = [t for tile, t in times.items() if tile.block_m == best.block_m and t.microseconds <= limit]
+        nearest = sorted(near, key=lambda timing: timing.microseconds)[:CLOSEST]
+        return [(timing.kernel, tokens) for timing in nearest if timing.replays < replays]
 
 
 def _height(pair: Pair) -> int:
