@@ -210,7 +210,8 @@ class CardRunner:
             self._merge(answer, part)
             if answer.missing == 0:
                 del answers[request.kernel]
-                yield Look(answer.build, tuple(answer.timings))
+                runs = answer.build.outcome is Outcome.OK  # what failed on one card is not chosen for another's times
+                yield Look(answer.build, tuple(answer.timings) if runs else ())
 
     def _merge(self, answer: _Answer, part: Look | Fate) -> None:
         if isinstance(part, Fate):

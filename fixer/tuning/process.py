@@ -51,8 +51,8 @@ class ChildProcess:
 
     def start(self) -> None:
         """Start the child without waiting until it is ready."""
-        if self._process is not None and self._process.is_alive():
-            return
+        if self._process is not None and (self._process.is_alive() or not self._is_ready):
+            return  # one that died before it was ready is for `is_ready` to report, not to try again and again
         self.close()
         ours, theirs = self._context.Pipe()
         self._process = self._context.Process(
