@@ -200,7 +200,9 @@ class _Session:
             for _ in runner.finish_compiling():
                 self._progress.advance()
             self._timeline.mark("compiling for the server")
-            rows = self._finals(chosen, runner, layer, looks)
+            rows = self._finals(
+                {tokens: self._alternatives(search, tokens) for tokens in job.rows}, runner, layer, looks
+            )
             self._timeline.mark("finals")
             best_known = {(timing.kernel, timing.tokens): timing for timing in journal.timings()}
             timings = tuple(timing for (kernel, _), timing in best_known.items() if kernel in looks)
@@ -243,7 +245,7 @@ class _Session:
     @property
     def _scratch(self) -> Path:
         """Triton's cache folder for candidates; a resumed run finds there what was compiled before it was killed."""
-        return self._job.home / "cache" / "triton-search"
+        return self._job.home / "cache" / "triton-search" / safe_name(self._job.card.sglang_name)
 
     @property
     def _own_tiles(self) -> list[Tile]:
@@ -282,14 +284,13 @@ class _Session:
     def _choices(self, search: Search) -> dict[int, TilePair]:
         chosen = {}
         for tokens in self._job.rows:
-            pairs = search.best_pairs(tokens)
+            pairs = self._alternatives(search, tokens)
             if not pairs:
                 raise TuneError(
                     f"Not one configuration could be timed for M={tokens}.",
                     "See the journal's outcomes with `moefix tune --fresh -v`, or serve with --moefix-skip-tune.",
                 )
-            tiles = pairs[0].tiles
-            chosen[tokens] = TilePair(tiles[Projection.GATE_UP], tiles[Projection.DOWN])
+            chosen[tokens] = pairs[0]
         return chosen
 
     # ---- what the server will compile
@@ -302,6 +303,11 @@ class _Session:
         fresh = [candidate for candidate in dict.fromkeys(candidates) if candidate not in self._warmed]
         self._warmed.update(fresh)
         runner.compile_ahead(fresh, server_triton_cache())
+        # What the finals load; after a resumed run's start it may be in no cache any more.
+        tiles = [pair.kernels for pair in (*chosen.values(), *self._own.values()) if not pair.use_tma]
+        finals = {Candidate(job.workload, kernel.projection, kernel.tile) for kernels in tiles for kernel in kernels}
+        runner.compile_ahead(sorted(finals - self._warmed, key=str), self._scratch)
+        self._warmed.update(finals)
         self._progress.phase("compiling for the server", runner.to_compile)
 
     # ---- finals
@@ -321,23 +327,46 @@ class _Session:
 
     def _finals(
         self,
-        chosen: Mapping[int, TilePair],
+        alternatives: Mapping[int, Sequence[TilePair]],
         runner: CardRunner,
         layer: ChildProcess | None,
         looks: Mapping[object, Look],
     ) -> tuple[RowChoice, ...]:
-        self._progress.phase("finals", len(chosen))
+        """A verdict for every row; a winner that dies over it gives way to the next."""
+        self._progress.phase("finals", len(alternatives))
         rows = []
-        for tokens, tuned in chosen.items():
-            own: TilePair | None = self._own[tokens]
-            if own is not None and not self._runs(own, looks):
-                own = None
-            request = DuelRequest(tokens, None if own == tuned else own, tuned)
-            layer_duel = self._settled(layer, request)
-            kernel_duel = self._kernel_duel(runner, request)
-            rows.append(row_choice(request, self._own[tokens], layer_duel, kernel_duel))
+        for tokens, pairs in alternatives.items():
+            rows.append(self._row(tokens, pairs, runner, layer, looks))
             self._progress.advance(f"M={tokens}")
         return tuple(rows)
+
+    def _row(
+        self,
+        tokens: int,
+        pairs: Sequence[TilePair],
+        runner: CardRunner,
+        layer: ChildProcess | None,
+        looks: Mapping[object, Look],
+    ) -> RowChoice:
+        sglang_own = self._own[tokens]
+        runs = self._runs(sglang_own, looks)
+        for tuned in pairs:
+            request = DuelRequest(tokens, sglang_own if runs and sglang_own != tuned else None, tuned)
+            layer_duel = self._settled(layer, request)
+            kernel_duel = self._kernel_duel(runner, request)
+            if layer_duel is not None or kernel_duel is not None:
+                return row_choice(request, sglang_own, layer_duel, kernel_duel)
+            self._notes.append(f"M={tokens}: the finals could not time {tuned.gate_up} / {tuned.down}")
+        if not runs:
+            raise TuneError(f"The finals could not time M={tokens}.", "Run `moefix tune` again: it goes on from here.")
+        return RowChoice(tokens, sglang_own.gate_up, sglang_own.down, Decision.FITTING_ONLY)
+
+    @staticmethod
+    def _alternatives(search: Search, tokens: int) -> list[TilePair]:
+        """The best pair of each BLOCK_SIZE_M, the fastest first."""
+        return [
+            TilePair(pair.tiles[Projection.GATE_UP], pair.tiles[Projection.DOWN]) for pair in search.best_pairs(tokens)
+        ]
 
     @staticmethod
     def _runs(pair: TilePair, looks: Mapping[object, Look]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -159,6 +160,9 @@ def _serve(pipe: Connection, factory: Factory) -> None:
         except MoefixError as error:
             pipe.send(error)
             return
+        except Exception as error:  # whatever PyTorch or the driver throws: one line, no traceback
+            pipe.send(TuneError(f"The measuring process could not start: {_one_line(error)}."))
+            return
         pipe.send("ready")
         while True:
             request = pipe.recv()
@@ -166,4 +170,12 @@ def _serve(pipe: Connection, factory: Factory) -> None:
                 answer = handle(request)
             except MoefixError as error:
                 answer = error
+            except Exception as error:  # the card's context may be spoiled: this process is worth nothing any more
+                print(f"moefix: measuring failed: {_one_line(error)}", file=sys.stderr, flush=True)
+                os._exit(1)
             pipe.send(answer)
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:300]
