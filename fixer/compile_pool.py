@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.abc import MetaPathFinder
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -244,14 +245,26 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+class _NoTorch(MetaPathFinder):
+    """Hides PyTorch: Triton imports it where it finds it, for nothing that compiling needs, and that takes seconds."""
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
+        """No module of that name is to be found.
+
+        Raises:
+            ModuleNotFoundError: for PyTorch.
+        """
+        if fullname == "torch":
+            raise ModuleNotFoundError("PyTorch is not for compiling processes", name="torch")
+
+
 def _compile_for(pipe: Connection, target: Target) -> None:
     """A worker's life: candidates in, results out, until the pipe closes."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     silence = os.open(os.devnull, os.O_RDWR)
-    # Triton imports PyTorch where it finds it, for nothing that compiling needs; that costs each worker seconds.
-    sys.modules["torch"] = None  # type: ignore[assignment]
+    sys.meta_path.insert(0, _NoTorch())
     for stream in (0, 1, 2):  # Triton prints the assembly of what ptxas refuses
         os.dup2(silence, stream)
     with planning_driver(target.arch), suppress(EOFError, OSError):
