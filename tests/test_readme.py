@@ -15,7 +15,7 @@ def first_command() -> str:
     return next(line.strip() for line in lines if line.startswith("    python3 -m venv"))
 
 
-def test_the_first_command_sets_up_and_plans(tmp_path, moefix_home):
+def test_the_first_command_sets_up_and_plans(tmp_path, moefix_home, trees):
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
     for name in filter(None, tracked.decode().split("\0")):
         if (ROOT / name).is_file():
@@ -23,6 +23,7 @@ def test_the_first_command_sets_up_and_plans(tmp_path, moefix_home):
             shutil.copy2(ROOT / name, tmp_path / name)
     environment = {**os.environ, "MOEFIX_HOME": str(tmp_path / "home")}
     environment.pop("PYTHONPATH", None)
+    assert trees
     # The trees are there already (one wheel's download less); everything else is as on a fresh machine.
     shutil.copytree(moefix_home / "cache" / "sglang", tmp_path / "home" / "cache" / "sglang")
     result = subprocess.run(
