@@ -172,7 +172,11 @@ def plan(
     cards = _cards(gpus, smem_limit)
     with _interruptible(), _data_folder(home) as data:
         plans = _plans((*sglang_flags, *named), cards, _tree(sglang_root, version, data), data, lookup_only)
-        _print(plans, as_json)
+        misfit = next((one for one in plans if one.decision.indivisible), None)
+        if as_json or misfit is None:
+            _print(plans, as_json)
+        if misfit is not None:
+            raise UsageError(misfit.decision.reason)
         if folder is not None:
             _write(plans, Path(folder), quiet=as_json)
 

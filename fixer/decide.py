@@ -70,6 +70,7 @@ class Decision:
         workload: the MoE layer on one shard; None where the Triton kernel is not reached.
         notes: what else a user should know.
         dense_shapes: (N, K) on one rank of the block-FP8 dense products whose files SGLang looks up as well.
+        indivisible: the model cannot be split as the flags say, whatever its number format and the card.
     """
 
     outcome: Outcome
@@ -78,6 +79,7 @@ class Decision:
     workload: Workload | None = None
     notes: tuple[str, ...] = ()
     dense_shapes: tuple[tuple[int, int], ...] = ()
+    indivisible: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,9 +124,9 @@ def decide(model: Model, flags: ServerFlags, card: Card, release: str) -> Decisi
     layer = expert_layer(model.architecture, model.text_config)
     if layer is None:
         return _without_experts(_Server(model, flags, card, release))
-    refusal = _unknown_to(release, layer, model) or _indivisible(model, flags, layer, shard)
-    if refusal:
-        return Decision(Outcome.LOAD_ERROR, "none", refusal)
+    unknown, indivisible = _unknown_to(release, layer, model), _indivisible(model, flags, layer, shard)
+    if unknown or indivisible:
+        return Decision(Outcome.LOAD_ERROR, "none", unknown or indivisible, indivisible=not unknown)
     scheme = resolve(_question(_Server(model, flags, card, release), layer.family, layer, shard))
     case = _Case(model, flags, card, release, layer, shard, scheme)
     decision = _elsewhere(case) or _here(case)
@@ -296,10 +298,41 @@ def _refusal(case: _Case) -> str:
     """Why SGLang stops at the quantisation, "" where it does not."""
     if case.scheme.fate is Fate.LOAD_ERROR:
         return case.scheme.reason
+    runner = case.flags.moe_runner_backend
+    if case.release in KNOWN_RELEASES and runner not in _RUNNERS:
+        return f"SGLang stops: it knows no --moe-runner-backend {runner[:40]}; leave it out"
     if case.scheme.method != NONE and case.flags.dtype == "float32":
         return f"SGLang stops: {case.scheme.method} does not go with --dtype float32; leave it out"
     return ""
 
+
+# All that --moe-runner-backend takes, in any of the known releases (server_args.py:248, arg_groups/choices.py:136).
+_RUNNERS = frozenset(
+    [
+        "auto",
+        "deep_gemm",
+        "triton",
+        "triton_kernel",
+        "flashinfer_trtllm",
+        "experimental_sgl_trtllm",
+        "flashinfer_trtllm_routed",
+        "flashinfer_cutlass",
+        "flashinfer_mxfp4",
+        "flashinfer_cutedsl",
+        "flashinfer_megamoe",
+        "cutlass",
+        "aiter",
+        "marlin",
+        "humming",
+        "experimental_sgl_marlin",
+        "lora_cutedsl",
+        "lora_triton",
+        "lora_marlin",
+        "hpc_ops",
+        "megamoe",
+        "intel_xpu",
+    ]
+)
 
 # Their code names the Triton runner itself (w8a8_int8.py:333, blockwise_int8.py:363, moe_wna16.py:367).
 _TRITON_ALWAYS = frozenset({"w8a8_int8", "auto-round-int8", "blockwise_int8", "moe_wna16"})

@@ -341,6 +341,14 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("granitemoe", "granitemoehybrid"),
     ),
     Family(
+        ("GraniteMoeSharedForCausalLM",),  # 0.5.23's granitemoe.py
+        experts=_LOCAL,
+        width=("intermediate_size",),
+        since=NEWEST,
+        path="block_sparse_moe.experts",
+        model_types=("granitemoeshared",),
+    ),
+    Family(
         ("GptOssForCausalLM",),  # gpt_oss.py:231
         experts=_LOCAL,
         width=("intermediate_size",),
@@ -503,6 +511,7 @@ FAMILIES: tuple[Family, ...] = (
         ),
         redundant=True,
     ),
+    Family(("ExaoneMoeForCausalLM",), redundant=True, since=NEWEST),  # 0.5.17 spells it MoE
     Family(("BailingMoeV2_5ForCausalLM", "AfmoeForCausalLM")),
     Family(
         ("Lfm2MoeForCausalLM",),  # lfm2_moe.py:147
@@ -522,6 +531,9 @@ FAMILIES: tuple[Family, ...] = (
         inner=True,
     ),
 )
+
+_NEVER_DENSE = frozenset({"MixtralForCausalLM", "DbrxForCausalLM", "GptOssForCausalLM", "Grok1ForCausalLM"})
+"""Architectures whose every model has experts, though their names do not say so."""
 
 # The names that some model or other gives these numbers, in the order of trust; for families not in the table.
 UNKNOWN_FAMILY = Family(
@@ -617,7 +629,10 @@ def expert_layer(architecture: str, text_config: Mapping[str, Any]) -> ExpertLay
     """
     family, certain = family_of(architecture, text_config)
     experts, varies = _first_size(text_config, family.experts, required=False)
-    if not experts or not _has_moe_layers(text_config, family):
+    if not experts:
+        _must_be_dense(architecture, text_config, family)
+        return None
+    if not _has_moe_layers(text_config, family):
         return None
     width, width_varies = _first_size(text_config, family.width)
     top_k, top_k_varies = _first_size(text_config, family.top_k)
@@ -634,6 +649,27 @@ def expert_layer(architecture: str, text_config: Mapping[str, Any]) -> ExpertLay
         _shared_experts(text_config, family, width),
         varies or width_varies or top_k_varies,
     )
+
+
+def _must_be_dense(architecture: str, config: Mapping[str, Any], family: Family) -> None:
+    """Refuse to call a model dense whose architecture says that it has experts, but whose config says nothing of them.
+
+    Raises:
+        ModelError: none of the fields is there; a 0 or null in one means dense.
+    """
+    says_moe = "moe" in architecture.lower() or architecture in _NEVER_DENSE
+    if says_moe and not family.enabled_by and not any(_present(config, name) for name in family.experts):
+        known = "number of experts that moefix can find" if family is UNKNOWN_FAMILY else " or ".join(family.experts)
+        raise ModelError(
+            f"config.json of a {architecture} has no {known}",
+            "is the file complete? moefix does not guess the number of experts",
+        )
+
+
+def _present(config: Mapping[str, Any], name: str) -> bool:
+    outer, _, last = name.rpartition(".")
+    holder = look_up(config, outer) if outer else config
+    return isinstance(holder, Mapping) and last in holder
 
 
 def _has_moe_layers(config: Mapping[str, Any], family: Family) -> bool:
@@ -702,5 +738,6 @@ def look_up(config: Mapping[str, Any], name: str) -> Any:
 def _checked(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_DIMENSION:
         shown = repr(value) if not isinstance(value, int) or abs(value) < 10**12 else "far too large"
+        shown = "an object" if isinstance(value, Mapping) else shown
         raise ModelError(f"config.json: {name} is {shown[:40]}, not a whole number from 0 to {MAX_DIMENSION}")
     return value

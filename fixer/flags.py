@@ -182,6 +182,8 @@ def parse_flags(argv: Sequence[str]) -> ServerFlags:
                 unread.append(spelling)
             elif option.name != "config":
                 values[option.name] = _value(option, spelling, texts)
+    if values.get("quantization") == "unquant":
+        values["quantization"] = None  # "what the checkpoint has" (server_args.py:4084-4091)
     return replace(ServerFlags(**values), unread=tuple(dict.fromkeys(unread)))
 
 

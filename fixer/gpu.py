@@ -121,7 +121,7 @@ def find_card(text: str) -> Card:
         CardError: no card, or more than one, goes by that name; the message lists the near ones.
     """
     key = _key(text)
-    matches = [entry.card for entry in _table() if key and key in entry.keys]
+    matches = [entry.card for entry in _table() if key and key in entry.keys] or _by_memory(text)
     if matches:
         return matches[0]
     shown = repr(text if len(text) <= 60 else text[:57] + "...")
@@ -132,6 +132,16 @@ def find_card(text: str) -> Card:
         "Name the card as nvidia-smi -L does. For a card that is not in the table, take one of the same compute "
         "capability and, if its shared memory is smaller, --smem-limit BYTES.",
     )
+
+
+def _by_memory(text: str) -> list[Card]:
+    """The cards of a name that ends in their memory ("RTX 4090 24GB"), which nvidia-smi shows a little less of."""
+    named = re.fullmatch(r"(.*[^0-9])\(?([0-9]{1,4}) ?gi?b?\)?", text.strip().lower())
+    if named is None:
+        return []
+    key, sold = _key(named[1]), int(named[2]) * 1024
+    cards = [entry.card for entry in _table() if key and key in entry.keys]
+    return [card for card in cards if 0.9 * sold <= card.memory_mib <= 1.05 * sold]
 
 
 def _near_cards(key: str, most: int = 6) -> tuple[str, ...]:

@@ -422,6 +422,8 @@ def read_json(path: Path) -> Mapping[str, Any]:
         value = json.loads(raw, parse_int=_whole)
     except RecursionError:
         raise ModelError(f"{path.name} is nested too deep") from None
+    except _LongNumberError:
+        raise ModelError(f"{path.name} holds a number of more than {_MAX_DIGITS} digits, which no size has") from None
     except ValueError as error:
         where = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise ModelError(f"{path.name} is not JSON{where}", "was the download cut short?") from None
@@ -432,9 +434,13 @@ def read_json(path: Path) -> Mapping[str, Any]:
     return value
 
 
+class _LongNumberError(ValueError):
+    """A number of more digits than any size has."""
+
+
 def _whole(digits: str) -> int:
     if len(digits) > _MAX_DIGITS:
-        raise ValueError("a number of more digits than any size has")
+        raise _LongNumberError
     return int(digits)
 
 

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from fixer.errors import ModelError
-from fixer.families import INT4_GROUP32, MAX_DIMENSION, NEW, NEWEST, NONE, at_least
+from fixer.families import INT4_GROUP32, KNOWN_RELEASES, MAX_DIMENSION, NEW, NEWEST, NONE, at_least
 from fixer.workload import NumberFormat
 
 MAX_IGNORED = 1 << 16
@@ -590,8 +590,14 @@ def _no_method(_question: Question, scheme: Scheme) -> Scheme:
     return _refuse(scheme, f"SGLang stops: it has no quantisation {scheme.method} for experts")
 
 
-def _unknown(_question: Question, scheme: Scheme) -> Scheme:
+# Choices of --quantization without a handler here: for other makers' chips, or 0.4.9's.
+_NOT_HANDLED = frozenset({"marlin", "modelslim", "mxfp_w4a8", "mlx_q4", "mlx_q8", "qoq"})
+
+
+def _unknown(question: Question, scheme: Scheme) -> Scheme:
     shown = scheme.method[:40]
+    if question.release in KNOWN_RELEASES and question.flag == scheme.method and shown not in _NOT_HANDLED:
+        return _refuse(scheme, f"SGLang stops: it knows no --quantization {shown}; leave it out")
     return replace(
         scheme,
         fate=Fate.UNCERTAIN,

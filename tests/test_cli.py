@@ -221,6 +221,14 @@ def test_negative_sizes(run: Run, cases: Any, tmp_path: Path, field: str) -> Non
     assert field in told(run("plan", "--gpu", "4090", "--model", str(tmp_path)), 3)
 
 
+def test_a_model_that_cannot_be_split(run: Run, models: dict[str, Path]) -> None:
+    arguments = ["plan", "--gpu", "4090", "--lookup-only", "--model", str(models[BLOG_POST]), "--tp", "7"]
+    assert "cannot be split over 7 ranks" in told(run(*arguments), 2)
+    result = run(*arguments, "--json")
+    assert result.returncode == 2
+    assert json.loads(result.stdout)["outcome"] == "load_error"
+
+
 FAULTS = [
     (["--gpu", "RTX 9999"], 4, "RTX 9999"),
     (["--gpu", "4090", "--ep", "3", "--tp", "4"], 2, "--ep-size 3"),

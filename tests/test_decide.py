@@ -365,3 +365,28 @@ def test_whatever_the_config_holds(data: st.DataObject, tmp_path_factory: pytest
         assert workload is None or min(workload.experts, workload.top_k, workload.intermediate) > 0
     assert 0 < len(said) < 400
     assert "\n" not in said
+
+
+# --- flags that SGLang's own parser or layers refuse -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", ["--quantization junk", "--moe-runner-backend junk"])
+@pytest.mark.parametrize("release", ["0.5.17", "0.5.23"])
+def test_a_choice_that_sglang_does_not_have(flags: str, release: str) -> None:
+    decision = ask(QWEN, flags, release=release)
+    assert (decision.outcome, decision.kernel) == (Outcome.LOAD_ERROR, "none")
+    assert f"{flags}; leave it out" in decision.reason
+
+
+def test_a_quantization_of_a_later_release_is_uncertain() -> None:
+    assert ask(QWEN, "--quantization junk", release="0.9.0").outcome is Outcome.UNCERTAIN
+
+
+@pytest.mark.parametrize("config", [QWEN, QWEN_BLOCK, QWEN_CHANNEL])
+def test_unquant_is_what_the_checkpoint_has(config: dict[str, Any]) -> None:
+    assert ask(config, "--quantization unquant").workload == ask(config).workload
+
+
+def test_what_cannot_be_split_is_marked() -> None:
+    assert ask(QWEN, "--tp 3").indivisible
+    assert not ask(QWEN_BLOCK, "--tp 4").indivisible

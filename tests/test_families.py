@@ -1,6 +1,7 @@
 """Geometry of the families: which field is what, before sharding."""
 
 import re
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -161,7 +162,6 @@ def test_more_experts_a_token_than_there_are() -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        {},
         {"num_experts": 0},
         {"num_experts": None},
         {"num_experts": 8, "num_hidden_layers": 2, "mlp_only_layers": [0, 1]},
@@ -234,3 +234,30 @@ def test_releases_are_compared_as_numbers() -> None:
     assert at_least("0.5.23", "0.5.17")
     assert not at_least("0.5.16", "0.5.17")
     assert tuple(sorted(KNOWN_RELEASES, key=release_key)) == KNOWN_RELEASES
+
+
+@pytest.mark.parametrize(
+    ("architecture", "named"),
+    [
+        ("Qwen3MoeForCausalLM", "num_experts"),
+        ("MixtralForCausalLM", "num_local_experts"),
+        ("NewMoeForCausalLM", "find"),
+    ],
+)
+def test_an_architecture_with_experts_whose_config_names_none_is_not_called_dense(
+    architecture: str, named: str
+) -> None:
+    with pytest.raises(ModelError, match=named):
+        expert_layer(architecture, {"hidden_size": 2048})
+
+
+def test_an_object_for_a_size_is_called_one() -> None:
+    with pytest.raises(ModelError, match="num_experts is an object"):
+        expert_layer("Qwen3MoeForCausalLM", {"num_experts": MappingProxyType({"a": 1})})
+
+
+def test_spellings_of_the_newest_release() -> None:
+    config = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 2048, "hidden_size": 6144}
+    layer = expert_layer("ExaoneMoeForCausalLM", config)
+    assert layer is not None
+    assert (layer.certain, layer.family.since, layer.family.redundant) == (True, "0.5.23", True)

@@ -314,3 +314,25 @@ def test_kinds_group_by_what_a_tuning_depends_on():
     assert kinds((first, second, third)) == ((first, third), (second,))
     assert kinds((first, limited)) == ((first,), (limited,))
     assert kinds(()) == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "memory_mib"),
+    [
+        ("RTX 4090 24GB", "NVIDIA GeForce RTX 4090", 24564),
+        ("5090 (32 GB)", "NVIDIA GeForce RTX 5090", 32607),
+        ("L40S-48G", "NVIDIA L40S", 46068),
+        ("RTX A6000 48 GiB", "NVIDIA RTX A6000", 49140),
+        ("RTX 5060 Ti 16GB", "NVIDIA GeForce RTX 5060 Ti", 16311),
+        ("B200 180GB", "NVIDIA B200", 183359),
+    ],
+)
+def test_a_name_with_its_memory(text, name, memory_mib):
+    card = find_card(text)
+    assert (card.name, card.memory_mib) == (name, memory_mib)
+
+
+@pytest.mark.parametrize("text", ["RTX 4090 48GB", "RTX 3080 12GB", "H100 96GB", "24GB"])
+def test_a_name_with_another_memory_is_another_card(text):
+    with pytest.raises(CardError):
+        find_card(text)

@@ -379,3 +379,9 @@ def test_read_json_names_the_line(tmp_path: Path) -> None:
     file.write_text('{\n"a": 1,\n}')
     with pytest.raises(ModelError, match="line 3"):
         read_json(file)
+
+
+def test_a_number_of_too_many_digits_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "num_experts": 10**30}))
+    with pytest.raises(ModelError, match="more than 20 digits"):
+        load_model(str(tmp_path), ServerFlags())
