@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.abc import MetaPathFinder
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -20,6 +21,9 @@ from types import TracebackType
 from typing import Any
 
 from fixer.kernel import Candidate, Compiled, CompileOutcome, Target, compile_candidate, planning_driver
+
+FROM_CACHE_SECONDS = 0.1
+"""Quicker than any compilation."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,9 @@ class AdaptiveDeadline:
         return min(self.first, max(self.least, self.factor * statistics.median(self._seconds)))
 
     def observe(self, seconds: float) -> None:
-        """Learn from a candidate that compiled."""
-        self._seconds.append(seconds)
+        """Learn from a candidate that compiled; one that Triton's cache had says nothing."""
+        if seconds > FROM_CACHE_SECONDS:
+            self._seconds.append(seconds)
 
 
 Deadline = FixedDeadline | AdaptiveDeadline
@@ -241,8 +246,20 @@ class CompilePool:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use (a container may have fewer than the machine)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: a container may have fewer than the machine, by affinity or by quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        return cores
+
+
+def end_helpers() -> None:
+    """End the processes that multiprocessing keeps for the next worker, so that none outlives an `exec` as a zombie."""
+    for helper in (forkserver._forkserver, resource_tracker._resource_tracker):
+        with suppress(Exception):  # not part of multiprocessing's promises: at worst a zombie stays
+            helper._stop()  # type: ignore[union-attr]
 
 
 class _NoTorch(MetaPathFinder):

@@ -234,7 +234,7 @@ def compile_arguments(function: Any, arch: int, candidate: Candidate) -> dict[st
     tensors = operands(product, tile, length)
     context = LaunchContext(
         arch=arch,
-        compute_type=tl.float16 if workload.activation_dtype == "float16" else tl.bfloat16,
+        compute_type=tl.bfloat16 if workload.activation_dtype == "bfloat16" else tl.float16,
         descriptors=_descriptors(tile, tensors[Role.A], tensors[Role.B]) if tile.use_tma else None,
         valid_tokens=_ANY_TOKENS if anything else None,
     )

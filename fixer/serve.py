@@ -36,6 +36,8 @@ def serve(argv: Sequence[str]) -> NoReturn:
     if options.dry_run:
         say.line("dry run: the server is not started")
         sys.exit(0)
+    if "fixer.compile_pool" in sys.modules:
+        sys.modules["fixer.compile_pool"].end_helpers()
     become_server(server_flags, environment.items())
 
 
@@ -98,9 +100,17 @@ def artefact_for(
         say.line(f"an earlier tuning is not used: {'; '.join(found.mismatch.reasons)}")
     if options.skip_tune:
         return found.artefact
-    known = {row.batch for row in found.artefact.rows} if found.artefact else set()
-    wish = Wish(tuple(sorted({*rows, *known})), fresh=options.fresh)
+    wish = Wish(rows_with_known(situation, kind, workload, home), fresh=options.fresh)
     return tune_kind(situation, kind, wish, home, say)
+
+
+def rows_with_known(situation: Situation, kind: int, workload: Workload, home: Path) -> tuple[int, ...]:
+    """The rows that this server needs and those of the kept artefact, so that two servers' rows live side by side."""
+    from fixer.tune import environment_of
+
+    kept = find_artefact(home, environment_of(situation.tree, situation.cards[kind][0]), workload).artefact
+    known = {row.batch for row in kept.rows} if kept else set()
+    return tuple(sorted({*situation.rows(kind), *known}))
 
 
 @dataclass(frozen=True)
@@ -158,7 +168,7 @@ def verdict(artefact: Artefact, gain: float | None) -> str:
     if counts[Decision.FITTING_ONLY]:
         rows += f", {counts[Decision.FITTING_ONLY]} where SGLang's own does not run on this card"
     took = f"tuned {len(artefact.rows)} batch sizes in {artefact.seconds:.0f} s: {rows}"
-    return took if gain is None else f"{took}; {100 * (gain - 1):.1f} % less time on average"
+    return took if gain is None else f"{took}; {100 * (1 - 1 / gain):.1f} % less time on average"
 
 
 def install(artefact: Artefact, situation: Situation, home: Path, say: Voice) -> Installation:
@@ -228,10 +238,11 @@ def tune_only(
     for kind, decision in enumerate(situation.decisions):
         card = situation.cards[kind][0]
         say.line(f"{situation.model.name} on {card.name}, SGLang {situation.tree.version}: {decision.reason}")
-        if decision.outcome not in TUNABLE:
+        if decision.outcome not in TUNABLE or decision.workload is None:
             say.warning("nothing to tune")
             continue
-        wish = Wish(situation.rows(kind), options.fresh, exhaustive, record)
+        rows = situation.rows(kind) if options.fresh else rows_with_known(situation, kind, decision.workload, home)
+        wish = Wish(rows, options.fresh, exhaustive, record)
         artefact = tune_kind(situation, kind, wish, home, say)
         for name, value in install(artefact, situation, home, say).env:
             say.warning(f"SGLang's tree cannot be written: start the server with {name}={value}")

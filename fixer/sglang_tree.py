@@ -237,21 +237,24 @@ class Tree:
             found = Found.SHIPPED if up_path.parent == self.triton_folder else Found.OTHER_TRITON
         return Lookup(f"configs/{_triton_folder(self.triton)}", up_name, down_name, found, up_path, down_path)
 
-    def _find(self, name: str, besides: Path | None = None) -> Path | None:
-        folders = sorted(self.configs.glob("triton_*"), key=_version_of_folder, reverse=True)
-        for folder in (self.triton_folder, *folders):
-            if folder != besides and (folder / name).exists():
-                return folder / name
-        return None
+    def _folders(self) -> list[Path]:
+        """Where SGLang looks, in its order."""
+        others = sorted(self.configs.glob("triton_*"), key=_version_of_folder, reverse=True)
+        return [self.triton_folder, *(folder for folder in others if folder != self.triton_folder)]
+
+    def _find(self, name: str) -> Path | None:
+        return next((folder / name for folder in self._folders() if (folder / name).exists()), None)
 
     def _find_before_moefix(self, name: str) -> Path | None:
-        before = self.triton_folder / (name + BEFORE_MOEFIX)
-        if not before.exists():
-            return self._find(name)
-        if before.stat().st_size > 0:
-            return before
-        # Empty: there was no file of that name here, so SGLang went on to the other folders.
-        return self._find(name, besides=self.triton_folder)
+        for folder in self._folders():  # moefix may have tuned under an earlier Triton too
+            before = folder / (name + BEFORE_MOEFIX)
+            if not before.exists():
+                before = folder / name
+            elif before.stat().st_size == 0:
+                continue  # there was no file of that name here, so SGLang went on to the other folders
+            if before.exists():
+                return before
+        return None
 
     def shipped_files(self) -> Iterator[TuningFile]:
         """Every tuning file for an NVIDIA card that SGLang ships and that can be read, in a stable order."""

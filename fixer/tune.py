@@ -228,8 +228,12 @@ class _Session:
     # ---- search
 
     def _card_runner(self) -> CardRunner:
-        from fixer.tuning.card_runner import CardRunner  # imports PyTorch: only where a card is used
-
+        try:
+            from fixer.tuning.card_runner import CardRunner  # imports PyTorch: only where a card is used
+        except ImportError as error:
+            raise TuneError(
+                f"Measuring needs PyTorch, and {error.name} is not installed.", "Use SGLang's Python."
+            ) from error
         job = self._job
         return CardRunner(
             job.workload,
@@ -288,7 +292,7 @@ class _Session:
             if not pairs:
                 raise TuneError(
                     f"Not one configuration could be timed for M={tokens}.",
-                    "See the journal's outcomes with `moefix tune --fresh -v`, or serve with --moefix-skip-tune.",
+                    "The data folder's journal.sqlite says why; to serve without tuning: --moefix-skip-tune.",
                 )
             chosen[tokens] = pairs[0]
         return chosen

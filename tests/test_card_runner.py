@@ -243,3 +243,10 @@ def test_a_process_that_dies_at_its_start_is_an_error_and_not_started_again_and_
         with pytest.raises(TuneError, match="could not start"):
             look(runner, A)
     assert len(fakes.logged(log, "dies")) == 1
+
+
+def test_a_card_that_answers_nothing_ends_the_run(make, log, monkeypatch):
+    monkeypatch.setattr(card_runner, "MOST_FAULTS", 2)
+    with make({A: "crash", B: "crash", C: "crash"}) as runner, pytest.raises(TuneError, match="2 times in a row"):
+        look(runner, A, B, C)
+    assert fakes.eventually(lambda: children(log) == set())

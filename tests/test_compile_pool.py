@@ -218,6 +218,9 @@ def test_the_deadline_adapts_to_the_machine():
     assert deadline() == 6.0  # six medians: one slow candidate does not count
     for _ in range(10):
         deadline.observe(0.01)
+    assert deadline() == 6.0  # those came from Triton's cache
+    for _ in range(10):
+        deadline.observe(0.2)
     assert deadline() == 2.0
     for _ in range(50):
         deadline.observe(50.0)
@@ -231,4 +234,4 @@ def test_a_fixed_deadline_learns_nothing():
 
 
 def test_usable_cores_are_those_of_this_process():
-    assert usable_cores() == len(os.sched_getaffinity(0))
+    assert 1 <= usable_cores() <= len(os.sched_getaffinity(0))

@@ -23,6 +23,7 @@ from fixer.gpu import Card
 from fixer.install import render_table
 from fixer.ladder import ladder
 from fixer.model import load_model
+from fixer.serve import verdict
 from fixer.sglang_tree import tree_at
 from fixer.store import Artefact, Decision, RowChoice, artefact_path, save_artefact, utc_now
 from fixer.tune import environment_of
@@ -396,3 +397,7 @@ def test_a_signal_during_tuning_ends_all_of_it(machine, number):
     assert not machine.record.exists()
     # The next start goes on as if nothing had been.
     assert machine.run(*machine.flags, "--moefix-skip-tune").served
+
+
+def test_the_verdict_counts_time_saved(machine):
+    assert verdict(machine.artefact(), 2.0).endswith("; 50.0 % less time on average")

@@ -166,6 +166,19 @@ def test_the_running_tritons_folder_comes_first_then_the_newest_other_even_a_new
     assert own_tree.lookup(QWEN, ADA).found is Found.NONE
 
 
+def test_what_moefix_installed_under_another_triton_is_not_sglangs_own(own_tree):
+    name = own_tree.file_name(QWEN, ADA, UP)
+    ours = put(own_tree.configs, "3_5_1", name, {1: ROW})
+    before = ours.with_name(name + sglang_tree.BEFORE_MOEFIX)
+    before.touch()
+    assert own_tree.lookup(QWEN, ADA).gate_up_path == ours
+    assert own_tree.lookup(QWEN, ADA, without_moefix=True).gate_up_path is None
+    older = put(own_tree.configs, "3_1_0", name, {1: ROW})
+    assert own_tree.lookup(QWEN, ADA, without_moefix=True).gate_up_path == older
+    before.write_bytes(older.read_bytes())
+    assert own_tree.lookup(QWEN, ADA, without_moefix=True).gate_up_path == before
+
+
 def test_the_down_file_is_looked_up_on_its_own(own_tree):
     up = put(own_tree.configs, "3_2_0", own_tree.file_name(QWEN, ADA, UP), {1: ROW})
     down = put(own_tree.configs, "3_6_0", own_tree.file_name(QWEN, ADA, DOWN), {1: ROW})

@@ -137,3 +137,11 @@ def test_the_distance_is_in_doublings_and_half_for_what_matters_less():
     assert distance(MIDDLE, replace(MIDDLE, group_m=64, num_stages=5)) == 1.5
     other = Tile(16, 32, 256, 1, 4, 2)
     assert distance(MIDDLE, other) == distance(other, MIDDLE) == 2 + 2 + 1 + 1 + 1
+
+
+def test_an_expert_parallel_rank_gets_its_share_of_the_tokens():
+    alone, rank = replace(QWEN, experts=16), replace(QWEN, experts=16, ep_size=8)
+    tall = Tile(256, 64, 64, 1, 8, 3)
+    assert makes_sense(tall, alone, 64)
+    assert [makes_sense(tall, rank, tokens) for tokens in (64, 512)] == [makes_sense(tall, QWEN, t) for t in (64, 512)]
+    assert not makes_sense(tall, rank, 64)

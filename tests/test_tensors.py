@@ -21,6 +21,7 @@ from fixer.tuning.tensors import (
     random_tensor,
     reference,
     relative_error,
+    route,
 )
 from fixer.workload import NumberFormat, Projection, Tile, Workload
 
@@ -96,6 +97,32 @@ def test_the_example_of_sglangs_documentation():
     assert aligned.sorted_token_ids.tolist() == [3, 6, 9, 12, 0, 4, 10, 12, 1, 7, 11, 12, 2, 5, 8, 12]
     assert aligned.expert_ids.tolist() == [0, 1, 2, 3]
     assert aligned.tokens_post_padded.tolist() == [16]
+
+
+def test_what_is_routed_to_other_ranks_comes_first_and_is_nobodys():
+    chosen = torch.tensor([[1, -1], [-1, 0], [-1, 1]], dtype=torch.int32)
+    length = padded_tokens(Workload(2, 8, 8, 2, ep_size=2), 3, 2)
+    aligned = align(chosen, 2, 2, length)
+    used = int(aligned.tokens_post_padded)
+    assert aligned.sorted_token_ids[:used].tolist() == [1, 2, 4, 6, 3, 6, 0, 5]
+    assert aligned.expert_ids[: used // 2].tolist() == [-1, -1, 0, 1]
+
+
+@pytest.mark.parametrize("experts", [16, 1])  # one expert a rank is less than top_k
+def test_a_rank_sees_its_share_of_the_tokens(experts):
+    workload = Workload(experts, 8, 8, 2, ep_size=8)
+    chosen = route(Routing.UNIFORM, 4096, workload, generator())
+    assert chosen.shape == (4096, 2)
+    assert chosen.dtype is torch.int32
+    assert chosen.min() == -1
+    assert chosen.max() == experts - 1
+    assert (chosen >= 0).float().mean().item() == pytest.approx(1 / 8, rel=0.1)
+
+
+def test_the_reference_leaves_zeros_for_other_ranks():
+    layer = make_layer(Product(BASE, Projection.GATE_UP, 5), 1, generator())
+    out = reference(layer, torch.tensor([[0, -1], [-1, 3]]))
+    assert (out.abs().sum(dim=2) > 0).tolist() == [[True, False], [False, True]]
 
 
 # --- routing

@@ -27,13 +27,13 @@ from .tensors import (
     Layer,
     Routing,
     align,
-    choose_experts,
     copies_for_cold_weights,
     l2_bytes,
     make_layer,
     needed_bytes,
     reference,
     relative_error,
+    route,
 )
 from .trials import Build, Kernel, Outcome, Timing
 
@@ -124,7 +124,9 @@ class Bench:
     def _launches(self, projection: Projection, tokens: int) -> int:
         """How many launches make one graph: enough to read several times the L2 cache, in whole routing mixes."""
         weights = self._layers[projection].weights[0]
-        touched = min(self.setup.workload.experts, tokens * self.setup.workload.top_k) * weights[0].nbytes
+        workload = self.setup.workload
+        routed = -(-tokens * workload.top_k // workload.ep_size)
+        touched = min(workload.experts, routed) * weights[0].nbytes
         wanted = -(-COLD_FACTOR * l2_bytes(self._device) // max(touched, 1))
         return int(max(len(MIX), min(24, -(-wanted // len(MIX)) * len(MIX))))
 
@@ -136,7 +138,7 @@ class Bench:
             seed = self.setup.seed + 1000 * tokens + len(chosen)
             generator = torch.Generator(self._device).manual_seed(seed)
             routing = MIX[len(chosen) % len(MIX)]
-            chosen.append(choose_experts(routing, tokens, workload.experts, workload.top_k, generator))
+            chosen.append(route(routing, tokens, workload, generator))
         return chosen[turn]
 
     def _align(self, tokens: int, block_m: int, turn: int) -> Aligned:
@@ -191,7 +193,7 @@ class Bench:
     def _check_case(self, projection: Projection) -> tuple[torch.Tensor, torch.Tensor]:
         if projection not in self._expected:
             workload = self.setup.workload
-            chosen = choose_experts(Routing.ZIPF, CHECK_TOKENS, workload.experts, workload.top_k, self._generator)
+            chosen = route(Routing.ZIPF, CHECK_TOKENS, workload, self._generator)
             self._expected[projection] = chosen, reference(self._layers[projection], chosen)
         return self._expected[projection]
 
@@ -203,7 +205,7 @@ class Bench:
         product = Product(workload, loaded.kernel.projection, tokens)
         function = kernel_function(self.setup.target, workload)
         names = [parameter.name for parameter in function.params]
-        compute_type = tl.float16 if workload.activation_dtype == "float16" else tl.bfloat16
+        compute_type = tl.bfloat16 if workload.activation_dtype == "bfloat16" else tl.float16
         context = LaunchContext(self.setup.target.arch, compute_type)
         arguments = launch_arguments(names, product, tile, tensors, context)
         values = [arguments[name] for name in names]
@@ -247,16 +249,18 @@ class Bench:
         times = self._clock.replay([graph], replays)[0]
         return Timing(kernel, tokens, statistics.median(times), min(times), replays)
 
-    def duel(self, tokens: int, own: TilePair | None, tuned: TilePair) -> KernelDuel:
+    def duel(self, tokens: int, own: TilePair | None, tuned: TilePair) -> KernelDuel | Build:
         """Time two pairs in turn for one row, kernel by kernel.
 
         Returns:
-            The duel, with `own` empty where SGLang's pair does not run here, and each kernel's median.
+            The duel, with `own` empty where SGLang's pair does not run here, and each kernel's median; the build that
+            failed where the tuned pair does not run.
         """
         if own is not None and any(self.load(kernel).outcome is not Outcome.OK for kernel in own.kernels):
             own = None
-        for kernel in tuned.kernels:
-            self.load(kernel)
+        for build in map(self.load, tuned.kernels):
+            if build.outcome is not Outcome.OK:
+                return build
         kernels = list(dict.fromkeys([*(own.kernels if own else ()), *tuned.kernels]))
         graphs = [self.row_graph(kernel, tokens) for kernel in kernels]
         first = self._clock.replay(graphs, 1)

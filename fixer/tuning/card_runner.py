@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from fixer.compile_pool import AdaptiveDeadline, CompilePool, Deadline, usable_cores
+from fixer.errors import TuneError
 from fixer.kernel import Candidate, Compiled, CompileOutcome, Target
 from fixer.workload import Projection, Tile, Workload
 
@@ -32,6 +33,9 @@ LOOK_SECONDS = 30.0
 
 EARLY_ROUND = 0.6
 """The next round is asked for when nothing waits to be compiled and this share of all so far is answered."""
+
+MOST_FAULTS = 12
+"""So many measuring processes lost in a row, without an answer in between: the card is at fault, not the kernels."""
 
 AHEAD_SECONDS = 120.0
 """Seconds: a kernel that the server will launch is compiled to its end, however slow its compilation is."""
@@ -113,6 +117,7 @@ class CardRunner:
             for position, device in enumerate(devices)
         ]
         self._best: dict[tuple[Projection, int], float] = defaultdict(lambda: float("inf"))
+        self._faults = 0
         for card in self._cards:
             card.child.start()
 
@@ -215,8 +220,15 @@ class CardRunner:
 
     def _merge(self, answer: _Answer, part: Look | Fate) -> None:
         if isinstance(part, Fate):
+            self._faults += 1
+            if self._faults >= MOST_FAULTS:
+                raise TuneError(
+                    f"The measuring process was lost {self._faults} times in a row; it last {part.value}.",
+                    "See the lines above and nvidia-smi; once the card is well, `moefix tune --fresh` starts over.",
+                )
             answer.build = replace(answer.build, outcome=FATES[part])
             return
+        self._faults = 0
         if answer.build.outcome is Outcome.OK:
             answer.build = replace(part.build, compile_seconds=answer.build.compile_seconds)
         answer.timings += part.timings
@@ -239,7 +251,7 @@ class CardRunner:
         return self._pool.busy
 
     def duel(self, request: DuelRequest) -> KernelDuel | None:
-        """Time two pairs in turn on the first card, kernel by kernel; None where the process died over it."""
+        """Time two pairs in turn on the first card, kernel by kernel; None where it died over it or a kernel fails."""
         answer = self._cards[0].child.ask(request, LOOK_SECONDS)
         return answer if isinstance(answer, KernelDuel) else None
 

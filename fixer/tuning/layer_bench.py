@@ -17,7 +17,7 @@ from .clock import Clock, Graph
 from .finals import Duel, DuelRequest, TilePair, Via, rounds_for
 from .process import Handler
 from .space import BOTH
-from .tensors import MIX, TORCH_TYPES, choose_experts, copies_for_cold_weights, make_layer
+from .tensors import MIX, TORCH_TYPES, copies_for_cold_weights, make_layer, route
 
 SCALES = {Role.B_SCALE: "scale", Role.B_ZERO_POINT: "zp"}
 """How SGLang names a projection's scales: w1_scale, w1_zp, w2_scale, w2_zp."""
@@ -85,7 +85,7 @@ class LayerBench:
         workload = self._setup.workload
         # The same seed for both pairs: they get the same routings.
         generator = torch.Generator(self._generator.device).manual_seed(self._setup.seed + 1000 * tokens + turn)
-        topk_ids = choose_experts(MIX[turn % len(MIX)], tokens, workload.experts, workload.top_k, generator)
+        topk_ids = route(MIX[turn % len(MIX)], tokens, workload, generator)
         topk_weights = torch.rand(topk_ids.shape, generator=generator, device=topk_ids.device)
         hidden, source = self._hidden[:tokens], self._source[:tokens]
         weights = self._weights[turn % len(self._weights)]

@@ -6,6 +6,7 @@ candidate and a few seconds, not the run.
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -23,6 +24,9 @@ from fixer.errors import MoefixError, TuneError
 Handler = Callable[[Any], Any]
 Factory = Callable[[], Handler]
 """Runs in the child and gives the function that answers; must be importable there (a `functools.partial` is)."""
+
+
+PR_SET_PDEATHSIG = 1
 
 
 class Fate(Enum):
@@ -152,6 +156,7 @@ class ChildProcess:
 def _serve(pipe: Connection, factory: Factory) -> None:
     """The child's life: build, say so, answer until the pipe closes. An error that is not moefix's ends it."""
     os.setsid()
+    _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with suppress(EOFError, OSError):  # the parent is gone: so is the reason to live
@@ -174,6 +179,12 @@ def _serve(pipe: Connection, factory: Factory) -> None:
                 print(f"moefix: measuring failed: {_one_line(error)}", file=sys.stderr, flush=True)
                 os._exit(1)
             pipe.send(answer)
+
+
+def _die_with_parent() -> None:
+    """Have the kernel end this process with its parent: a card that hangs would keep it from seeing the pipe close."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _one_line(error: Exception) -> str:

@@ -96,15 +96,15 @@ and a block's height is bounded by registers and shared memory (Mixtral at M = 4
 
 
 def tokens_per_expert(workload: Workload, tokens: int) -> float:
-    """The mean number of tokens of an expert under uniform routing, M * top_k / E."""
-    return tokens * workload.top_k / workload.experts
+    """The mean number of tokens of an expert under uniform routing: M * top_k over the experts of all ranks."""
+    return tokens * workload.top_k / (workload.experts * workload.ep_size)
 
 
 def makes_sense(tile: Tile, workload: Workload, tokens: int) -> bool:
     """Whether a block of BLOCK_SIZE_M rows can be a good fit for M = `tokens`.
 
-    An expert gets t = M * top_k / E tokens on average. A block many times taller than that computes padding, one many
-    times lower loads the expert's weights over and over. In the H100 landscape the best block height is never more
+    An expert gets t tokens on average (`tokens_per_expert`). A block many times taller computes padding, one many times
+    lower loads the expert's weights over and over. In the H100 landscape the best block height is never more
     than 16 t (32 where t is below 2) and never less than t / 4; the margins leave room for skewed routing.
     """
     mean = tokens_per_expert(workload, tokens)

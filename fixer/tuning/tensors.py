@@ -54,13 +54,19 @@ def choose_experts(routing: Routing, tokens: int, experts: int, top_k: int, gene
     return (shuffled.log() - (-uniform.log()).log()).topk(top_k, dim=1).indices.to(torch.int32)
 
 
+def route(routing: Routing, tokens: int, workload: Workload, generator: torch.Generator) -> torch.Tensor:
+    """What one rank sees of the tokens' choices: int32 [tokens, top_k], -1 where the expert is on another rank."""
+    chosen = choose_experts(routing, tokens, workload.experts * workload.ep_size, workload.top_k, generator)
+    return chosen.masked_fill_(chosen >= workload.experts, -1)
+
+
 @dataclass(frozen=True)
 class Aligned:
     """Tokens sorted by expert and padded to whole blocks, as SGLang's moe_align_block_size lays them out.
 
     Attributes:
         sorted_token_ids: int32 [length]: positions in the flattened [tokens, top_k] choice; padding is tokens * top_k.
-        expert_ids: int32 [length / block_m]: each block's expert.
+        expert_ids: int32 [length / block_m]: each block's expert; -1, in the first blocks, for those elsewhere.
         tokens_post_padded: int32 [1]: how much of the list is used.
     """
 
@@ -71,9 +77,9 @@ class Aligned:
 
 def align(chosen: torch.Tensor, block_m: int, experts: int, length: int) -> Aligned:
     """Sort the choices by expert, pad each expert's to a multiple of `block_m`, in a list of `length` entries."""
-    flat = chosen.flatten().long()
+    flat = chosen.flatten().long() + 1  # as SGLang does: the first bucket is of the experts on other ranks
     device, routed = flat.device, flat.numel()
-    counts = torch.bincount(flat, minlength=experts)
+    counts = torch.bincount(flat, minlength=experts + 1)
     padded = (counts + block_m - 1) // block_m * block_m
     ends = padded.cumsum(0)
     order = flat.argsort(stable=True)
@@ -81,7 +87,7 @@ def align(chosen: torch.Tensor, block_m: int, experts: int, length: int) -> Alig
     sorted_ids = torch.full((length,), routed, dtype=torch.int32, device=device)
     sorted_ids[(ends - padded)[flat[order]] + rank] = order.to(torch.int32)
     starts = torch.arange(0, length, block_m, device=device)
-    expert_ids = torch.bucketize(starts, ends, right=True).clamp_max(experts - 1).to(torch.int32)
+    expert_ids = (torch.bucketize(starts, ends, right=True).clamp_max(experts) - 1).to(torch.int32)
     return Aligned(sorted_ids, expert_ids, ends[-1:].to(torch.int32))
 
 
@@ -169,8 +175,8 @@ def reference(layer: Layer, chosen: torch.Tensor) -> torch.Tensor:
     flat = chosen.flatten().long()
     a = _activations(layer, Product(workload, product.projection, tokens))
     a = a.repeat_interleave(product.fan_out, dim=0) if product.is_up else a
-    out = torch.empty(tokens * workload.top_k, product.columns, device=a.device)
-    for expert in flat.unique().tolist():
+    out = torch.zeros(tokens * workload.top_k, product.columns, device=a.device)
+    for expert in flat[flat >= 0].unique().tolist():  # an expert on another rank leaves zeros
         rows = (flat == expert).nonzero().flatten()
         out[rows] = a[rows] @ _expert_weights(layer, expert).T
     if not product.is_up:
