@@ -1,0 +1,34 @@
+"""Docker's command line, and how the tests build the image."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE = os.environ.get("MOEFIX_TEST_BASE", "moefix-test-base:bookworm")
+IMAGE = "moefix-test:wheel"
+CAPTURED = {"capture_output": True, "text": True, "timeout": 900}
+FAKE_TOKEN = "hf_ThisIsNoTokenButMustNotBeInAnyLayer"
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+def docker(*arguments: str, check: bool = True, **options) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(["docker", *arguments], check=False, **CAPTURED, **options)
+    assert not check or result.returncode == 0, f"{arguments}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
+    return result
+
+
+def build(context: Path, tag: str, **arguments: str) -> subprocess.CompletedProcess[str]:
+    values = {
+        "BASE_IMAGE": BASE,
+        "SGLANG_SOURCE": "wheel",
+        "WITH_CUDA": "0",
+        "PIP_CERT": "/etc/ssl/certs/ca-certificates.crt",
+        "MOEFIX_REVISION": REVISION,
+        **arguments,
+    }
+    options = [word for name, value in values.items() for word in ("--build-arg", f"{name}={value}")]
+    environ = {**os.environ, "DOCKER_BUILDKIT": "0", "HF_TOKEN": FAKE_TOKEN}
+    return docker("build", "--tag", tag, *options, str(context), check=False, env=environ)
