@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fixer.errors import StoreError
@@ -23,8 +24,8 @@ from fixer.store import (
     make_folder,
     parse_json,
     read_bounded,
+    read_or_set_aside,
     safe_name,
-    set_aside,
     take_owner_of,
     write_atomically,
     write_together,
@@ -311,11 +312,4 @@ def _tile(key: str, row: object, tma: bool) -> Tile:
 
 
 def _read_table(path: Path, tma: bool) -> tuple[Mapping[int, Tile] | None, Damaged | None]:
-    try:
-        return parse_table(read_bounded(path), tma), None
-    except FileNotFoundError:
-        return None, None
-    except OSError as fault:
-        return None, Damaged(path, None, fault.strerror or "it cannot be read")
-    except ValueError as fault:
-        return None, set_aside(path, str(fault))
+    return read_or_set_aside(path, partial(parse_table, tma=tma))

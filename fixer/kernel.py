@@ -225,8 +225,6 @@ def kernel_function(target: Target, workload: Workload) -> Any:
 
 def compile_arguments(function: Any, arch: int, candidate: Candidate) -> dict[str, Any]:
     """The arguments of a candidate's launch, with shapes in the place of tensors."""
-    import triton.language as tl
-
     workload, tile = candidate.workload, candidate.tile
     anything = candidate.tokens is None
     product = Product(workload, candidate.projection, _ANY_TOKENS if candidate.tokens is None else candidate.tokens)
@@ -234,11 +232,18 @@ def compile_arguments(function: Any, arch: int, candidate: Candidate) -> dict[st
     tensors = operands(product, tile, length)
     context = LaunchContext(
         arch=arch,
-        compute_type=tl.bfloat16 if workload.activation_dtype == "bfloat16" else tl.float16,
+        compute_type=compute_type(workload),
         descriptors=_descriptors(tile, tensors[Role.A], tensors[Role.B]) if tile.use_tma else None,
         valid_tokens=_ANY_TOKENS if anything else None,
     )
     return launch_arguments([parameter.name for parameter in function.params], product, tile, tensors, context)
+
+
+def compute_type(workload: Workload) -> Any:
+    """The kernel's `compute_type`: SGLang takes float16 for everything but bfloat16 (fused_moe.py:488)."""
+    import triton.language as tl
+
+    return tl.bfloat16 if workload.activation_dtype == "bfloat16" else tl.float16
 
 
 def _descriptors(tile: Tile, a: Any, b: Any) -> tuple[Any, Any]:

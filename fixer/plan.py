@@ -26,6 +26,7 @@ from fixer.model import Model
 from fixer.proposals import choose, last_resorts, offers
 from fixer.sglang_tree import Found, Lookup, OwnChoice, Tree, own_choices
 from fixer.store import check_file_name, utc_now, write_together
+from fixer.tuning.finals import TilePair
 from fixer.tuning.space import BOTH
 from fixer.workload import NumberFormat, Projection, Tile, Workload
 
@@ -73,14 +74,6 @@ class Use:
     shared_bytes: int | None = None
     fits: bool | None = None
     message: str = ""
-
-
-@dataclass(frozen=True)
-class TilePair:
-    """A configuration for each projection of a row; both share BLOCK_SIZE_M."""
-
-    gate_up: Tile
-    down: Tile
 
 
 @dataclass(frozen=True)

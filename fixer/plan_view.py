@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fixer.plan import Plan, PlanRow, TilePair, Use, Verdict
+from fixer.plan import Plan, PlanRow, Use, Verdict
+from fixer.tuning.finals import TilePair
 from fixer.workload import Tile
 
 PLAIN_WIDTH = 200

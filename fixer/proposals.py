@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from fixer.gpu import Card
 from fixer.kernel_arguments import ElementType, operand_types
 from fixer.sglang_tree import TuningFile, nearest_row
-from fixer.tuning import seeds
+from fixer.tuning.seeds import weight_of
 from fixer.tuning.space import Space, makes_sense
 from fixer.workload import Tile, Workload
 
@@ -76,15 +76,9 @@ def offers(files: Sequence[TuningFile], workload: Workload, card: Card, rows: It
         files: the tuning files that SGLang ships.
         rows: the M to propose for.
     """
-    weights = [(file, _weight(file, workload, card)) for file in files]
+    weights = [(file, weight_of(file, workload, card)) for file in files]
     weighted = [(file, weight) for file, weight in weights if weight > 0]
     return Offers({tokens: _ranked(_wins(weighted, workload, tokens), workload, card, tokens) for tokens in rows})
-
-
-def _weight(file: TuningFile, workload: Workload, card: Card) -> float:
-    """What a shipped file's wins count, as the tuner's seeds count them."""
-    near = seeds._card_weight(file, card) * seeds._shape_weight(file, workload)
-    return seeds._format_weight(file, workload) * near
 
 
 def _wins(weighted: Iterable[tuple[TuningFile, float]], workload: Workload, tokens: int) -> dict[Tile, float]:

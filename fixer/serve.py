@@ -100,17 +100,14 @@ def artefact_for(
         say.line(f"an earlier tuning is not used: {'; '.join(found.mismatch.reasons)}")
     if options.skip_tune:
         return found.artefact
-    wish = Wish(rows_with_known(situation, kind, workload, home), fresh=options.fresh)
+    wish = Wish(with_rows_of(found.artefact, rows), fresh=options.fresh)
     return tune_kind(situation, kind, wish, home, say)
 
 
-def rows_with_known(situation: Situation, kind: int, workload: Workload, home: Path) -> tuple[int, ...]:
-    """The rows that this server needs and those of the kept artefact, so that two servers' rows live side by side."""
-    from fixer.tune import environment_of
-
-    kept = find_artefact(home, environment_of(situation.tree, situation.cards[kind][0]), workload).artefact
+def with_rows_of(kept: Artefact | None, rows: Sequence[int]) -> tuple[int, ...]:
+    """The rows that this server needs and those of a kept artefact, so that two servers' rows live side by side."""
     known = {row.batch for row in kept.rows} if kept else set()
-    return tuple(sorted({*situation.rows(kind), *known}))
+    return tuple(sorted({*rows, *known}))
 
 
 @dataclass(frozen=True)
@@ -231,6 +228,8 @@ def tune_only(
     Raises:
         MoefixError: whatever keeps it from measuring.
     """
+    from fixer.tune import environment_of
+
     say = Voice(quiet=options.quiet)
     home = data_home(options.home)
     situation = look_around(argv, home=home, sglang_root=options.sglang_root, smem_limit=options.smem_limit)
@@ -241,7 +240,8 @@ def tune_only(
         if decision.outcome not in TUNABLE or decision.workload is None:
             say.warning("nothing to tune")
             continue
-        rows = situation.rows(kind) if options.fresh else rows_with_known(situation, kind, decision.workload, home)
+        found = None if options.fresh else find_artefact(home, environment_of(situation.tree, card), decision.workload)
+        rows = with_rows_of(found.artefact if found else None, situation.rows(kind))
         wish = Wish(rows, options.fresh, exhaustive, record)
         artefact = tune_kind(situation, kind, wish, home, say)
         for name, value in install(artefact, situation, home, say).env:

@@ -539,6 +539,7 @@ def check_file_name(name: str) -> str:
     return name
 
 
+_T = TypeVar("_T")
 _E = TypeVar("_E", bound=Enum)
 
 
@@ -804,8 +805,13 @@ def _artefact_files(home: Path) -> tuple[Path, ...]:
 
 
 def _load(path: Path) -> tuple[Artefact | None, Damaged | None]:
+    return read_or_set_aside(path, Artefact.from_json)
+
+
+def read_or_set_aside(path: Path, parse: Callable[[bytes], _T]) -> tuple[_T | None, Damaged | None]:
+    """What `parse` makes of a file; where it raises ValueError the file is moved aside. Neither for one not there."""
     try:
-        return Artefact.from_json(read_bounded(path)), None
+        return parse(read_bounded(path)), None
     except FileNotFoundError:
         return None, None
     except OSError as fault:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,12 +76,12 @@ class Job:
         """The kind of card."""
         return self.cards[0]
 
-    @property
+    @cached_property
     def target(self) -> Target:
         """What to compile for."""
         return Target(read_kernel_source(self.tree.kernel_source), self.card.arch, self.home / "kernels")
 
-    @property
+    @cached_property
     def environment(self) -> Environment:
         """What the measurements will depend on."""
         return environment_of(self.tree, self.card)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fixer.errors import CardError, TuneError
-from fixer.kernel import Candidate, Target, complaint, kernel_function, warm_kernel
+from fixer.kernel import Candidate, Target, complaint, compute_type, kernel_function, warm_kernel
 from fixer.kernel_arguments import LaunchContext, Product, Role, launch_arguments, padded_tokens
 from fixer.workload import Projection, Workload
 
@@ -199,14 +199,11 @@ class Bench:
 
     def _launcher(self, loaded: Loaded, tokens: int, tensors: Mapping[Role, Any]) -> Callable[[], None]:
         """A call that launches a kernel once, with all its arguments bound."""
-        import triton.language as tl
-
         workload, tile = self.setup.workload, loaded.kernel.tile
         product = Product(workload, loaded.kernel.projection, tokens)
         function = kernel_function(self.setup.target, workload)
         names = [parameter.name for parameter in function.params]
-        compute_type = tl.bfloat16 if workload.activation_dtype == "bfloat16" else tl.float16
-        context = LaunchContext(self.setup.target.arch, compute_type)
+        context = LaunchContext(self.setup.target.arch, compute_type(workload))
         arguments = launch_arguments(names, product, tile, tensors, context)
         values = [arguments[name] for name in names]
         blocks = -(-tensors[Role.SORTED_TOKEN_IDS].shape[0] // tile.block_m) * -(-product.columns // tile.block_n)

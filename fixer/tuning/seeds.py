@@ -72,7 +72,7 @@ def seeds(files: Iterable[TuningFile], workload: Workload, card: Card, extra: Se
     space = Space(workload)
     wins: dict[Tile, float] = defaultdict(float)
     for file in files:
-        weight = _format_weight(file, workload) * _card_weight(file, card) * _shape_weight(file, workload)
+        weight = weight_of(file, workload, card)
         if weight == 0:
             continue
         for tile in file.rows.values():
@@ -81,6 +81,11 @@ def seeds(files: Iterable[TuningFile], workload: Workload, card: Card, extra: Se
                 wins[plain] += weight
     ranked = sorted(wins, key=lambda tile: (-wins[tile], tile))
     return tuple(dict.fromkeys([*(tile for tile in extra if space.allows(tile)), *ranked]))
+
+
+def weight_of(file: TuningFile, workload: Workload, card: Card) -> float:
+    """What one win of a shipped file counts: same number format, nearest card and shape; 0 for one of no use."""
+    return _format_weight(file, workload) * _card_weight(file, card) * _shape_weight(file, workload)
 
 
 def _format_weight(file: TuningFile, workload: Workload) -> float:
