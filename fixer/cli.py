@@ -1,4 +1,4 @@
-"""The command line: `moefix plan`, and what becomes of every fault.
+"""The command line: `moefix plan`, `tune` and `serve`, where the other commands are, and what becomes of every fault.
 
 Nothing heavy is imported before a command needs it, so that `moefix --help` and a look-up answer at once.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib
 import os
 import signal
 import sys
@@ -48,8 +49,39 @@ PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True}
 """Context settings of a command that takes SGLang's flags besides its own."""
 
 
+ELSEWHERE = {
+    "bake": "Build a ready-tuned image for one model and one kind of card.",
+    "bench": "Time SGLang's own configurations against the tuned ones.",
+    "doctor": "Check this machine for what keeps SGLang or moefix from working.",
+    "export": "Write a kept tuning as one file, or as files that SGLang or vLLM reads.",
+    "import": "Take a tuning that was exported elsewhere into the data folder.",
+    "report": "Write a tuning's report, and print its short form.",
+    "status": "Say what a running moefix does.",
+}
+"""Commands in modules of their own, imported when they are called: `bake` is `command` in fixer/commands/bake.py
+(`import` in import_.py). The texts are their short help, so that listing them imports nothing."""
+
+
 class MoefixGroup(click.Group):
     """Commands by name; a first word that is an option starts the default command. Faults become one or two lines."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Every command's name, in alphabetical order."""
+        return sorted({*self.commands, *ELSEWHERE})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of that name, None where there is none."""
+        if cmd_name not in ELSEWHERE:
+            return super().get_command(ctx, cmd_name)
+        module = importlib.import_module(f"fixer.commands.{cmd_name}{'_' if cmd_name == 'import' else ''}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing those that lie elsewhere."""
+        with formatter.section("Commands"):
+            here = {name: command.get_short_help_str(100) for name, command in self.commands.items()}
+            formatter.write_dl(sorted((here | ELSEWHERE).items()))
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Show the short help without arguments; put the default command first where none is named."""
@@ -69,8 +101,9 @@ class MoefixGroup(click.Group):
         Raises:
             UsageError: there is none; the hint lists near ones.
         """
-        if args[0] not in self.commands:
-            near = difflib.get_close_matches(args[0], list(self.commands), n=3, cutoff=0.5) or sorted(self.commands)
+        names = self.list_commands(ctx)
+        if args[0] not in names:
+            near = difflib.get_close_matches(args[0], names, n=3, cutoff=0.5) or names
             raise UsageError(
                 f"there is no command {_short(args[0])}",
                 f"Commands: {', '.join(near)}. To serve, begin with an option: moefix --model NAME ...",
