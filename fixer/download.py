@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from fixer.errors import HubError, MoefixError, StoreError
 from fixer.fetch import Bytes, Done, Failed, Message, Plan, Request, Trouble, from_line
-from fixer.hub import commit_in_cache, hub_cache, is_commit, is_hub_id, snapshot_folder
+from fixer.hub import commit_in_cache, hub_cache, is_commit, is_hub_id, snapshot_folder, uses_modelscope
 from fixer.model import Model, Source
 from fixer.progress import Transfer, gigabytes, terminal_progress
 from fixer.status import Board, Phase, Share
@@ -92,11 +92,6 @@ def _why_not(model: Model, flags: ServerFlags, environ: Mapping[str, str]) -> st
     if flags.load_format not in FETCHED:
         return f"weights of load format {flags.load_format} are left to SGLang"
     return None if is_hub_id(model.name) else f"{model.name} is no name on a hub: its weights are left to SGLang"
-
-
-def uses_modelscope(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether SGLang takes models from ModelScope (environ.py:125-133, 254 of SGLang 0.5.17)."""
-    return environ.get("SGLANG_USE_MODELSCOPE", "").lower() in {"true", "1", "yes", "y"}
 
 
 def _offline(name: str, flags: ServerFlags) -> Nothing:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import glob
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -222,6 +223,8 @@ def fault_of(request: Request, error: BaseException, *, moved: bool) -> MoefixEr
             return HubError(f"no space is left in {where} for {request.name}", f"free some there; {_ELSEWHERE}")
         if number in {errno.EACCES, errno.EPERM, errno.EROFS} and isinstance(each, OSError) and each.filename:
             return StoreError(f"{where} cannot be written: {each.strerror}", f"give it to this user; {_ELSEWHERE}")
+    if not any(isinstance(each, OSError) or _is_the_clients(each) for each in _chain(error)):
+        return HubError(f"the download of {request.name} failed: {type(error).__name__}", "give --moefix-skip-download")
     answered = any(getattr(each, "response", None) is not None for each in _chain(error))
     if moved and not answered and not isinstance(error, errors.LocalEntryNotFoundError):
         return UnreachableError(HubError(f"the connection to the hub broke off for {request.name}", _CHECK))
@@ -230,6 +233,14 @@ def fault_of(request: Request, error: BaseException, *, moved: bool) -> MoefixEr
 
 _ELSEWHERE = "or name another folder with HF_HOME or --download-dir"
 _CHECK = "check the network"
+
+
+def _is_the_clients(error: BaseException) -> bool:
+    """Whether an exception is the client's, its transport's or hf_xet's (which raises RuntimeError)."""
+    return isinstance(error, RuntimeError) or type(error).__module__.split(".")[0] in _CLIENTS
+
+
+_CLIENTS = frozenset({"huggingface_hub", "hf_xet", "httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"})
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -443,9 +454,10 @@ def _point(cache: Path, request: Request, commit: str) -> None:
 
 def is_resumable(file: RepoFile) -> bool:
     """Whether a file comes in one stream from its first byte to its last."""
-    from huggingface_hub.utils import is_xet_available
+    from huggingface_hub import constants
 
-    return file.is_large and not (file.is_xet and is_xet_available())
+    has_xet = not constants.HF_HUB_DISABLE_XET and importlib.util.find_spec("hf_xet") is not None
+    return file.is_large and not (file.is_xet and has_xet)
 
 
 def _get_large(name: str, commit: str, cache: Path, file: RepoFile) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,6 +43,11 @@ def is_hub_id(name: str) -> bool:
 def is_commit(revision: str | None) -> bool:
     """Whether a revision is a commit: it never moves."""
     return revision is not None and _COMMIT.fullmatch(revision) is not None
+
+
+def uses_modelscope(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether SGLang takes models from ModelScope (environ.py:125-133, 254 of SGLang 0.5.17)."""
+    return environ.get("SGLANG_USE_MODELSCOPE", "").lower() in {"true", "1", "yes", "y"}
 
 
 def commit_of(path: Path) -> str | None:

@@ -1,11 +1,13 @@
 """The model: its config.json, from a folder, a hub or the built-in catalogue of public geometries.
 
 Nothing here runs a model's code or needs transformers; config.json is untrusted input. From a hub only config.json and
-hf_quant_config.json are fetched, by huggingface_hub, which reads HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE.
+hf_quant_config.json are fetched, by huggingface_hub, which reads HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE; or
+from ModelScope by its own client, where SGLANG_USE_MODELSCOPE has SGLang do so.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Callable, Mapping
@@ -19,7 +21,7 @@ from typing import Any, TypeVar
 
 from fixer.errors import HubError, ModelError, UsageError
 from fixer.flags import ServerFlags, json_depth
-from fixer.hub import OFFLINE_HINT, NoSuchFileError, UnreachableError, commit_of, is_hub_id, refusal
+from fixer.hub import OFFLINE_HINT, NoSuchFileError, UnreachableError, commit_of, is_hub_id, refusal, uses_modelscope
 
 MAX_CONFIG_BYTES = 16 << 20
 """Largest config.json that is read."""
@@ -165,6 +167,8 @@ def _files(name: str, flags: ServerFlags, hub: Hub) -> _Files:
         raise ModelError(f"there is no folder {name!r}", "give a folder with config.json, or OWNER/NAME on the hub")
     known = _catalogued(name)
     if is_hub_id(name):
+        if uses_modelscope():
+            return _from_modelscope(name, flags, hub, known)
         return _from_hub(name, flags, hub, known)
     if known is None:
         close = get_close_matches(name.lower(), list(_catalogue()), n=3, cutoff=0.5)
@@ -218,6 +222,37 @@ def _from_hub(name: str, flags: ServerFlags, hub: Hub, known: CatalogueEntry | N
         # SGLang takes it as not there as well (model_config.py:1200-1211).
         note = "the hub is out of reach: config.json is the cache's, which has no hf_quant_config.json"
     return _Files(parsed, quant, commit or flags.revision, Source.HUB, note)
+
+
+def _from_modelscope(name: str, flags: ServerFlags, hub: Hub, known: CatalogueEntry | None) -> _Files:
+    """From ModelScope's cache or by its client, as SGLang does (server_args.py:4095-4160); else from the catalogue."""
+    try:
+        config = _before(hub.deadline_s, lambda late: _modelscope_file(name, "config.json", flags))
+    except ImportError:
+        fault = HubError("SGLANG_USE_MODELSCOPE is set, and there is no modelscope here", "pip install modelscope")
+    except Exception as error:  # the client's own, its transport's, or the deadline
+        what = f"ModelScope gave no config.json of {name} ({type(error).__name__})"
+        fault = HubError(what, "check the name and the network, or unset SGLANG_USE_MODELSCOPE")
+    else:
+        quant: Mapping[str, Any] | None = None
+        with contextlib.suppress(Exception):  # most models have none
+            found = _before(hub.deadline_s, lambda late: _modelscope_file(name, "hf_quant_config.json", flags))
+            quant = read_json(found)
+        return _Files(read_json(config), quant, flags.revision, Source.HUB)
+    if known is None:
+        raise fault
+    return _from_catalogue(known, f"{fault.message}; ")
+
+
+def _modelscope_file(name: str, filename: str, flags: ServerFlags) -> Path:
+    from modelscope.hub.file_download import model_file_download
+    from modelscope.utils.file_utils import get_model_cache_root
+
+    for root in filter(None, (get_model_cache_root(), flags.download_dir)):
+        path = Path(root, name, filename)
+        if path.is_file():
+            return path
+    return Path(model_file_download(name, filename, revision=flags.revision, cache_dir=flags.download_dir))
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------

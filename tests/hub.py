@@ -118,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def _api(self, parts: list[str]) -> None:
-        commit = self.site.commit(parts[1] if len(parts) > 1 else "main")
+        commit = self.site.commit("/".join(parts[1:]) or "main")
         if commit is None:
             return self._refuse(404, "RevisionNotFound")
         about = {"id": "owner/name", "sha": commit, "siblings": [{"rfilename": name} for name in self.site.files]}

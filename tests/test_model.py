@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import fakes
 import pytest
 from hub import Site, serve
 
@@ -329,6 +330,32 @@ def test_a_large_file_is_not_fetched(tmp_path: Path) -> None:
 def test_half_a_file_on_the_hub(tmp_path: Path) -> None:
     with serve(site_of(body=b'{"architectures": [')) as endpoint, pytest.raises(ModelError, match="not JSON"):
         load_model("owner/name", ServerFlags(), hub=hub(endpoint, tmp_path))
+
+
+def test_modelscope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_USE_MODELSCOPE", "1")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "modelscope"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(HubError, match="no modelscope here"):
+        load_model("owner/name", ServerFlags())
+    assert "catalogue" in load_model("Qwen/Qwen3-30B-A3B", ServerFlags()).note
+    fakes.stub_modelscope(tmp_path, Path(folder(tmp_path / "model")))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = load_model("owner/name", parse_flags(["--revision", "v1"]))
+    assert (model.architecture, model.revision, model.source) == ("Qwen3MoeForCausalLM", "v1", Source.HUB)
+    (tmp_path / "model" / "config.json").rename(tmp_path / "gone")
+    with pytest.raises(HubError, match="gave no config") as caught:
+        load_model("owner/name", ServerFlags())
+    check_clear(caught.value)
+    (tmp_path / "modelscope-cache" / "owner" / "name").mkdir(parents=True)
+    (tmp_path / "gone").rename(tmp_path / "modelscope-cache" / "owner" / "name" / "config.json")
+    assert load_model("owner/name", ServerFlags()).quant_config is None
+
+
+def test_the_commit_is_known_from_the_cache(tmp_path: Path) -> None:
+    with serve(site_of()) as endpoint:
+        load_model("owner/name", ServerFlags(), hub=hub(endpoint, tmp_path))
+    assert load_model("owner/name", ServerFlags(), hub=hub(endpoint, tmp_path)).revision == "a" * 40
 
 
 def test_the_token_is_in_no_repr() -> None:
