@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -218,6 +219,26 @@ def test_a_killed_download_goes_on_where_it_was(site: Site, hub: str, tmp_path: 
     assert messages[0].done >= kept
     assert is_whole(tmp_path / "hf")
     assert sum(site.sent[name] for name in SHARDS) - sent <= TOTAL - kept + MIB
+    assert parts(tmp_path / "hf") == []
+
+
+def test_killed_again_and_again_it_comes_to_its_end(site: Site, hub: str, tmp_path: Path) -> None:
+    chance, done = random.Random(7), 0
+    site.rate = 3 * MIB
+    for _ in range(10):
+        process = start(hub, tmp_path / "hf")
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(chance.uniform(0.1, 2.5))
+        process.send_signal(chance.choice([signal.SIGTERM, signal.SIGKILL]))
+        out, err = process.communicate(timeout=30)
+        assert "Traceback" not in err
+        said = [message.done for message in map(from_line, out.splitlines()) if isinstance(message, (Plan, Bytes))]
+        assert said == sorted(said)
+        assert not said or said[0] >= done
+        done = said[-1] if said else done
+    site.rate = 0
+    assert isinstance(fetch(hub, tmp_path / "hf")[-1], Done)
+    assert is_whole(tmp_path / "hf")
     assert parts(tmp_path / "hf") == []
 
 
