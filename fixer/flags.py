@@ -1,4 +1,4 @@
-"""What matters to the MoE kernel of the user's SGLang flags, in every spelling that SGLang takes.
+"""What matters of the user's SGLang flags to the MoE kernel and to the download, in every spelling that SGLang takes.
 
 moefix passes the user's words on untouched; here they are only read. A flag that is not in `OPTIONS` is passed over.
 """
@@ -29,7 +29,8 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class ServerFlags:
-    """The part of SGLang's server arguments that decides the MoE kernel's shapes, number format and rows.
+    """The part of SGLang's server arguments that decides the MoE kernel's shapes, number format and rows, and which
+    files of the model are loaded from where.
 
     Attributes are named as SGLang's own fields; None (or "") is "not given", so that SGLang's default of the release
     in question applies.
@@ -41,6 +42,9 @@ class ServerFlags:
 
     model_path: str = ""
     revision: str | None = None
+    load_format: str = "auto"
+    download_dir: str | None = None
+    speculative_draft_model_path: str | None = None
     tp_size: int = 1
     ep_size: int = 1
     dp_size: int = 1
@@ -110,6 +114,9 @@ def _option(name: str, kind: Kind, *others: str) -> Option:
 OPTIONS: tuple[Option, ...] = (
     _option("model_path", Kind.TEXT, "--model"),
     _option("revision", Kind.TEXT),
+    _option("load_format", Kind.TEXT),
+    _option("download_dir", Kind.TEXT),
+    _option("speculative_draft_model_path", Kind.TEXT, "--speculative-draft-model"),
     _option("tp_size", Kind.COUNT, "--tensor-parallel-size", "--tp"),
     _option("ep_size", Kind.COUNT, "--expert-parallel-size", "--ep"),
     _option("dp_size", Kind.COUNT, "--data-parallel-size", "--dp"),
@@ -160,8 +167,8 @@ _DTYPES: Mapping[str, str] = {
     "float32": "float32",
 }
 
-# SGLang compares these in lower case (model_config.py:1427), and its choices are lower case.
-_LOWER_CASE = frozenset({"quantization", "moe_runner_backend", "moe_a2a_backend"})
+# SGLang compares these in lower case (model_config.py:1427, load_config.py:103), and its choices are lower case.
+_LOWER_CASE = frozenset({"quantization", "moe_runner_backend", "moe_a2a_backend", "load_format"})
 
 
 def parse_flags(argv: Sequence[str]) -> ServerFlags:

@@ -20,7 +20,7 @@ from typing import NoReturn
 from fixer.errors import SGLangError, UsageError
 
 _PREFIX = "--moefix"
-_SWITCHES = ("skip-tune", "fresh", "strict", "quiet", "dry-run")
+_SWITCHES = ("skip-tune", "fresh", "strict", "quiet", "dry-run", "skip-download")
 _VALUES = ("smem-limit", "home", "sglang-root")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 
@@ -38,6 +38,7 @@ class MoefixOptions:
         sglang_root: SGLang's tree; None for the installed one.
         quiet: print warnings and errors only.
         dry_run: say what would be done, and do not start the server.
+        skip_download: leave the weights' download to SGLang.
     """
 
     skip_tune: bool = False
@@ -48,6 +49,7 @@ class MoefixOptions:
     sglang_root: Path | None = None
     quiet: bool = False
     dry_run: bool = False
+    skip_download: bool = False
 
 
 def split_flags(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> tuple[MoefixOptions, tuple[str, ...]]:
@@ -119,6 +121,7 @@ def _options(given: Mapping[str, str]) -> MoefixOptions:
         sglang_root=_folder(given, "sglang-root"),
         quiet=_switch(given, "quiet"),
         dry_run=_switch(given, "dry-run"),
+        skip_download=_switch(given, "skip-download"),
     )
 
 

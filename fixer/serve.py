@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from fixer.download import downloading
 from fixer.errors import MoefixError
 from fixer.install import Installation, Pair, install_pair
 from fixer.launch import MoefixOptions, become_server, split_flags
@@ -31,7 +32,10 @@ def serve(argv: Sequence[str]) -> NoReturn:
     say = Voice(quiet=options.quiet)
     home = data_home(options.home)
     situation = look_around(server_flags, home=home, sglang_root=options.sglang_root, smem_limit=options.smem_limit)
-    installations = prepare(situation, options, home, say)
+    skip = options.skip_download or options.dry_run
+    with downloading(situation.model, situation.flags, home, say, skip=skip) as download:
+        installations = prepare(situation, options, home, say)
+        download.wait()
     environment = {name: value for installation in installations for name, value in installation.env}
     if options.dry_run:
         say.line("dry run: the server is not started")

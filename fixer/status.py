@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -140,6 +141,7 @@ class Board:
         self.path = state_path(home, self.status.host, self.status.pid)
         self._now = now
         self._written = float("-inf")
+        self._turn = threading.RLock()  # the download's thread tells of itself too
         self._write()
 
     def update(self, **changes: Any) -> None:
@@ -147,10 +149,11 @@ class Board:
 
         Progress alone (`tuning`, `download`, `detail`) is written at most every half second.
         """
-        self.status = replace(self.status, **changes, updated=utc_now())
-        hurry = not changes.keys() <= {"tuning", "download", "detail"}
-        if hurry or self._now() - self._written >= WRITE_INTERVAL:
-            self._write()
+        with self._turn:
+            self.status = replace(self.status, **changes, updated=utc_now())
+            hurry = not changes.keys() <= {"tuning", "download", "detail"}
+            if hurry or self._now() - self._written >= WRITE_INTERVAL:
+                self._write()
 
     def _write(self) -> None:
         self._written = self._now()

@@ -50,6 +50,27 @@ def stub_torch(folder: Path) -> Path:
     return folder
 
 
+def stub_modelscope(folder: Path, model: Path) -> None:
+    """A stand-in for ModelScope's client in a folder for `sys.path`; it has config.json of one model."""
+    package = folder / "modelscope"
+    for inner in ("hub", "utils"):
+        (package / inner).mkdir(parents=True)
+        (package / inner / "__init__.py").touch()
+    (package / "__init__.py").touch()
+    (package / "utils" / "file_utils.py").write_text(
+        f"def get_model_cache_root():\n    return {str(folder / 'modelscope-cache')!r}\n"
+    )
+    (package / "hub" / "file_download.py").write_text(f"""
+import os
+def model_file_download(model_id, file_path, revision=None, *, cache_dir=None):
+    assert model_id == "owner/name" and cache_dir is None
+    path = os.path.join({str(model)!r}, file_path)
+    if not os.path.exists(path):
+        raise FileNotFoundError(path)
+    return path
+""")
+
+
 # --- the measuring process -------------------------------------------------------------------------------------------
 
 

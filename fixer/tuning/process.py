@@ -156,7 +156,7 @@ class ChildProcess:
 def _serve(pipe: Connection, factory: Factory) -> None:
     """The child's life: build, say so, answer until the pipe closes. An error that is not moefix's ends it."""
     os.setsid()
-    _die_with_parent()
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with suppress(EOFError, OSError):  # the parent is gone: so is the reason to live
@@ -181,7 +181,7 @@ def _serve(pipe: Connection, factory: Factory) -> None:
             pipe.send(answer)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Have the kernel end this process with its parent: a card that hangs would keep it from seeing the pipe close."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
