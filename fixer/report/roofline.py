@@ -95,10 +95,8 @@ def work_of(workload: Workload, projection: Projection, tokens: int) -> Work:
     of_experts = sum(tensors[role].bytes for role in (Role.B, Role.B_SCALE, Role.B_ZERO_POINT) if role in tensors)
     of_rows = sum(tensors[role].bytes for role in (Role.A, Role.A_SCALE) if role in tensors)
     here = 1 / workload.ep_size  # of the tokens' choices, on average
-    if product.is_up:
-        rows_in_use = 1 - (1 - here) ** workload.top_k  # a token is read where one of its experts is on this rank
-    else:
-        rows_in_use = here
+    # A token is read where one of its experts is on this rank.
+    rows_in_use = 1 - (1 - here) ** workload.top_k if product.is_up else here
     moved = of_experts * experts_in_use(workload, tokens) / workload.experts
     moved += of_rows * rows_in_use + tensors[Role.C].bytes * here
     return Work(moved, 2 * product.routed * here * product.columns * product.depth)
