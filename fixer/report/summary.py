@@ -108,6 +108,20 @@ class Summary:
         return sum(row.fate in fates for row in self.rows)
 
     @property
+    def reached(self) -> str:
+        """How near the rows come to the card's limits, "" where that is not known."""
+        shares = [(row.share, row.batch) for row in self.rows if row.share is not None]
+        if not shares:
+            return ""
+        memory, at = max((share.memory, batch) for share, batch in shares)
+        text = f"at most {percent(memory)} of the card's memory bandwidth (M = {at})"
+        compute = [(share.compute, batch) for share, batch in shares if share.compute is not None]
+        if compute:
+            most, at = max(compute)
+            text += f", {percent(most)} of its matrix operations (M = {at})"
+        return text
+
+    @property
     def through_layer(self) -> bool:
         """Whether every compared row was timed through SGLang's own layer."""
         return all(row.through_layer for row in self.rows if row.less is not None)
@@ -214,21 +228,25 @@ def _words(
 
 
 def _headline(artefact: Artefact, rows: tuple[Row, ...], less: float | None) -> tuple[Worth, str]:
-    fates = {row.fate for row in rows}
     if not artefact.measured:
         return Worth.NOT_MEASURED, "Not measured: chosen because it fits this card"
-    gained = Fate.FASTER in fates and less is not None and less >= LEAST_GAIN
+    fates = {row.fate for row in rows}
+    saved = f"{percent(less or 0.0)} less time on average"
+    if Fate.FASTER in fates and less is not None and less >= LEAST_GAIN:
+        if Fate.CURED in fates:
+            return Worth.CURED, f"The crash is fixed, and the other rows take {saved}"
+        return Worth.FASTER, saved
+    return Worth.NEUTRAL, f"Neutral: {_neutral(fates, saved)}"
+
+
+def _neutral(fates: set[Fate], saved: str) -> str:
     if Fate.CURED in fates:
-        if gained:
-            return Worth.CURED, f"The crash is fixed, and the other rows take {percent(less or 0)} less time on average"
-        return Worth.NEUTRAL, "Neutral: only the crash is fixed"
-    if gained:
-        return Worth.FASTER, f"{percent(less or 0.0)} less time on average"
+        return "only the crash is fixed"
     if Fate.FASTER in fates:
-        return Worth.NEUTRAL, f"Neutral: {percent(less or 0.0)} less time on average"
+        return saved
     if Fate.KEPT in fates:
-        return Worth.NEUTRAL, "Neutral: SGLang's own configuration was already as good"
-    return Worth.NEUTRAL, "Neutral: SGLang's own configuration was kept, for it could not be timed"
+        return "SGLang's own configuration was already as good"
+    return "SGLang's own configuration was kept, for it could not be timed"
 
 
 def _changed(rows: tuple[Row, ...], best: Row | None) -> str:
@@ -243,7 +261,7 @@ def _changed(rows: tuple[Row, ...], best: Row | None) -> str:
         alone = "all" if kept == len(rows) else str(kept)
         parts.append(f"{alone} {'keeps' if kept == 1 else 'keep'} SGLang's own")
     if of[Fate.UNMEASURED]:
-        parts.append(f"{len(of[Fate.UNMEASURED])} batch sizes have a configuration that fits, compiled and not measured")
+        parts.append(f"{len(of[Fate.UNMEASURED])} batch sizes got a configuration that fits, compiled and not measured")
     text = "; ".join(parts)
     text = text[:1].upper() + text[1:] + "."
     return text + (f" The largest gain is {percent(best.less or 0.0)}, at M = {best.batch}." if best else "")
