@@ -102,11 +102,17 @@ class Load:
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds over all requests of all passes; `passes` has each pass's own median, in the order measured."""
+    """Milliseconds.
+
+    Attributes:
+        median, p99: the median over the passes of each pass's own.
+        passes, p99_passes: each pass's median and 99th percentile over its requests (or tokens), in the order measured.
+    """
 
     median: float
     p99: float
     passes: tuple[float, ...]
+    p99_passes: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -165,6 +171,7 @@ class KernelRow:
         sglang_us, tuned_us: times; SGLang's own are empty where it does not run on this card.
         same: both sides have the same tiles, so that the difference is noise itself.
         ratio: SGLang's own median over the tuned one; None where there is no own.
+        round_ratios: the same ratio of each round of measuring.
         spread: the middle half of the times, as a fraction of the median; the wider of both sides.
         margin: what the ratio has to differ from 1 by, as a fraction, to count.
     """
@@ -174,6 +181,7 @@ class KernelRow:
     tuned_us: tuple[float, ...]
     same: bool
     ratio: float | None
+    round_ratios: tuple[float, ...]
     spread: float
     margin: float
     verdict: Verdict
@@ -365,7 +373,8 @@ def _read_latency(reader: Reader, name: str) -> Latency | None:
         return None
     inner = reader.inner(name)
     _only(inner, Latency)
-    return Latency(inner.number("median"), inner.number("p99"), _numbers(inner, "passes"))
+    passes = (_numbers(inner, "passes"), _numbers(inner, "p99_passes"))
+    return Latency(inner.number("median"), inner.number("p99"), *passes)
 
 
 def _read_row(reader: Reader) -> KernelRow:
@@ -376,6 +385,7 @@ def _read_row(reader: Reader) -> KernelRow:
         tuned_us=_numbers(reader, "tuned_us"),
         same=reader.flag("same"),
         ratio=reader.optional_number("ratio"),
+        round_ratios=_numbers(reader, "round_ratios"),
         spread=reader.number("spread"),
         margin=reader.number("margin"),
         verdict=reader.one_of("verdict", Verdict),
