@@ -190,7 +190,7 @@ def gains(summary: Summary) -> Figure | None:
         return None
     best = summary.best
     frame = _Frame(
-        "gains",
+        "plot-gains",
         "Time saved at each batch size",
         f"Bars for {summary.count(Fate.FASTER)} of {len(rows)} batch sizes that take less time than with SGLang's own "
         f"configuration{f', at most {percent(best.less or 0)} at M = {best.batch}' if best else ''}. Circles at zero "
@@ -256,7 +256,7 @@ def times(summary: Summary, quantity: Quantity) -> Figure | None:
     tuned_known = [place for place in places if both[place][1] is not None]
     ratios = [(place, own, tuned) for place in places for own, tuned in (both[place],) if own and tuned]
     frame = _Frame(
-        f"time-{quantity.name}",
+        f"plot-time-{quantity.name}",
         f"{quantity.title}: time at each batch size",
         "Above, microseconds on a logarithmic scale: SGLang's own configuration as hollow circles on a dashed line, "
         "the tuned one as squares on a solid line. Below, how much less time the tuned one takes, in percent"
@@ -309,7 +309,7 @@ def shared_memory(summary: Summary) -> Figure | None:
         return None
     over = [row.batch for row in rows if any(size is not None and size > limit for size in row.own_shared)]
     frame = _Frame(
-        "shared",
+        "plot-shared",
         "Shared memory at each batch size, against the card's limit",
         f"The card lets a block have {limit} bytes. The tuned kernels need at most "
         f"{max((size for *_, sizes in series[2:] for size in sizes if size is not None), default=0)}. "
@@ -350,7 +350,7 @@ def roofs(summary: Summary) -> Figure | None:
     if not rows or summary.peak is None:
         return None
     frame = _Frame(
-        "roofs",
+        "plot-roofs",
         "Share of the card's limits that both kernels reach",
         f"The tuned kernels reach {summary.reached}. Dashed lines are SGLang's own configuration.",
         height=3.1,
@@ -385,7 +385,7 @@ def search(course: Course) -> Figure:
     """The best choice so far, against the kernels tried."""
     near = next((count for count, above in zip(course.tried, course.above, strict=True) if above <= 0.01), None)
     frame = _Frame(
-        "search",
+        "plot-search",
         "The search: best choice so far",
         f"{course.kernels} kernels were tried, {course.usable} of them usable."
         + (f" After {near} the best choice was within 1 percent of the final one." if near else ""),
@@ -421,7 +421,7 @@ def server(result: BenchResult) -> Figure | None:
     if not loads:
         return None
     frame = _Frame(
-        "server",
+        "plot-server",
         "In the server: output tokens a second, tuned against SGLang's own",
         "; ".join(f"{load.load.name}: {100 * ((load.ratio or 1) - 1):+.1f} percent" for load in loads)
         + ". The whiskers are what a difference has to clear.",
