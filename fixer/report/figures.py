@@ -184,9 +184,9 @@ def _plain_log(axes: Any) -> None:
 
 
 def gains(summary: Summary) -> Figure | None:
-    """Time saved at each row, with its noise; None where nothing was measured."""
+    """Time saved at each row, with its noise; None where no row is faster."""
     rows = summary.rows
-    if not summary.artefact.measured:
+    if not summary.count(Fate.FASTER):
         return None
     best = summary.best
     frame = _Frame(
@@ -205,8 +205,7 @@ def gains(summary: Summary) -> Figure | None:
         values = [100 * (row.less or 0) for _, row in faster]
         noise = [100 * CONFIDENCE * (row.choice.noise or 0) for _, row in faster]
         places = [place for place, _ in faster]
-        if places:
-            axes.bar(places, values, 0.62, color=TUNED, label="faster")
+        axes.bar(places, values, 0.62, color=TUNED, label="faster")
         axes.errorbar(places, values, yerr=noise, fmt="none", ecolor=INK, elinewidth=1.1, capsize=2.5)
         for place, value, spread in zip(places, values, noise, strict=True):
             axes.annotate(
@@ -219,7 +218,8 @@ def gains(summary: Summary) -> Figure | None:
         cured = [place for place, row in enumerate(rows) if row.fate is Fate.CURED]
         if cured:
             axes.plot(cured, [0] * len(cured), "D", color=THIRD, label="SGLang's own does not run", clip_on=False)
-        axes.set_ylim(0, max([5.0, *(1.18 * (value + spread) for value, spread in zip(values, noise, strict=True))]))
+        top = max([5.0, *(1.18 * (value + spread) for value, spread in zip(values, noise, strict=True))])
+        axes.set_ylim(-0.035 * top, top)
         axes.axhline(0, color=MUTED, linewidth=1)
         _percents(axes)
         _row_axis(axes, [row.batch for row in rows], 5.7)
@@ -402,8 +402,9 @@ def search(course: Course) -> Figure:
             axes.annotate(
                 f"within 1 % after {near} kernels",
                 (near, 1),
-                xytext=(12, 26),
+                xytext=(12, 26) if near < 0.6 * course.kernels else (-12, 34),
                 textcoords="offset points",
+                ha="left" if near < 0.6 * course.kernels else "right",
                 arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 1},
             )
         axes.set_xlim(0, course.kernels * 1.01)

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from typing import TYPE_CHECKING
 
 import fixer
 from fixer.bench_results import BenchResult, Kind, Latency, headline
@@ -16,6 +15,9 @@ from fixer.report import figures
 from fixer.report.evidence import Part
 from fixer.report.search_course import course_of
 from fixer.report.summary import Fate, Summary, microseconds, percent
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 MARKS = {Fate.FASTER: "▲", Fate.KEPT: "○", Fate.CURED: "◆", Fate.UNJUDGED: "○", Fate.UNMEASURED: "\N{EN DASH}"}
 """A sign for each fate, so that colour is not all that tells them apart."""
@@ -72,6 +74,8 @@ def render(summary: Summary, font_cache: Path) -> str:
 
 @lru_cache(maxsize=1)
 def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     # Names of models and cards are whatever somebody typed: everything is escaped unless a line says otherwise.
     environment = Environment(
         loader=PackageLoader("fixer.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -115,7 +119,7 @@ def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
     total = len(summary.rows)
     tiles = [("Rows faster", str(summary.count(Fate.FASTER)), f"of {total}")]
     if summary.count(Fate.CURED):
-        tiles.append(("Rows that ran out of memory", str(summary.count(Fate.CURED)), "run now"))
+        tiles.append(("Rows that could not run", str(summary.count(Fate.CURED)), "run now"))
     if summary.best is not None:
         tiles.append(("Largest gain", percent(summary.best.less or 0.0), f"at M = {summary.best.batch}"))
     if summary.artefact.measured:

@@ -29,11 +29,11 @@ def print_report(summary: Summary, console: Console | None = None) -> None:
     console.print(Text(summary.changed))
     console.print()
     for name, value in _heading(summary):
-        console.print(Text(f"{name:<9}", style="bold") + Text(value))
+        console.print(Text.assemble((f"{name:<9}", "bold"), value))
     console.print()
     console.print(_table(summary, framed=console.is_terminal))
     for note in (*summary.evidence.notes, *summary.evidence.missing.values()):
-        console.print(Text("note     ", style="bold") + Text(note))
+        console.print(Text.assemble(("note     ", "bold"), note))
 
 
 def _heading(summary: Summary) -> list[tuple[str, str]]:
