@@ -126,6 +126,7 @@ class Wish:
 
 def tune_kind(situation: Situation, kind: int, wish: Wish, home: Path, say: Voice) -> Artefact:
     """Measure, and keep the result."""
+    from fixer.report import report_after_tuning
     from fixer.tune import Job, geometric_gain, tune
     from fixer.tuning.recording import write_recording
 
@@ -153,6 +154,7 @@ def tune_kind(situation: Situation, kind: int, wish: Wish, home: Path, say: Voic
         say.line(f"recorded {count} times in {wish.record}")
     say.line(verdict(tuned.artefact, geometric_gain(tuned.artefact)))
     say.line("time: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in tuned.timeline.items()))
+    say.line(report_after_tuning(home, tuned.artefact, situation.tree))
     return tuned.artefact
 
 

@@ -50,6 +50,14 @@ class Release:
     python: str
     wheel_sha256: str
 
+    def folder(self, cache: Path) -> Path:
+        """Where the fetched release is kept."""
+        return cache / "sglang" / f"{self.version}-{self.wheel_sha256[:12]}"
+
+    def is_kept(self, cache: Path) -> bool:
+        """Whether it was fetched before."""
+        return (self.folder(cache) / "complete").exists()
+
 
 PINNED = "0.5.17"
 
@@ -467,8 +475,8 @@ def fetched_tree(version: str, cache: Path) -> Tree:
             f"moefix cannot fetch SGLang {version}: it knows {', '.join(RELEASES)}.",
             "Install that release, or name its folder with --sglang-root.",
         )
-    home = cache / "sglang" / f"{version}-{release.wheel_sha256[:12]}"
-    if not (home / "complete").exists():
+    home = release.folder(cache)
+    if not release.is_kept(cache):
         _fetch(release, home)
     return Tree(home / "sglang", version, release.triton)
 

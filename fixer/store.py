@@ -797,6 +797,14 @@ def earlier_tiles(home: Path, workload: Workload, most: int = 24) -> tuple[Tile,
     return tuple(tile for tile, _ in wins.most_common(most))
 
 
+def kept_artefacts(home: Path) -> tuple[tuple[tuple[Path, Artefact], ...], tuple[Damaged, ...]]:
+    """Every artefact in the data folder that can be read, the newest first; and what was damaged, moved aside."""
+    loaded = [(path, *_load(path)) for path in _artefact_files(home)]
+    usable = [(path, artefact) for path, artefact, _ in loaded if artefact is not None]
+    usable.sort(key=lambda entry: entry[1].created, reverse=True)
+    return tuple(usable), tuple(damaged for _, _, damaged in loaded if damaged)
+
+
 def _artefact_files(home: Path) -> tuple[Path, ...]:
     try:
         return tuple(sorted((home / "artefacts").glob("*/*.json")))

@@ -464,10 +464,18 @@ def geometric_gain(artefact: Artefact, within: Callable[[int], bool] = lambda _:
     """By which factor the artefact's rows are faster than SGLang's own, None where nothing was compared."""
     ratios = []
     for row in artefact.rows:
-        ours, own = (row.layer_us, row.sglang_layer_us)
-        if (ours is None or own is None) and None not in row.times:
-            up, down, own_up, own_down = row.times
-            ours, own = (up or 0.0) + (down or 0.0), (own_up or 0.0) + (own_down or 0.0)
-        if ours and own and within(row.batch):
+        compared = compared_times(row)
+        if compared is not None and within(row.batch):
+            own, ours = compared
             ratios.append(own / ours)
     return statistics.geometric_mean(ratios) if ratios else None
+
+
+def compared_times(row: RowChoice) -> tuple[float, float] | None:
+    """SGLang's own time of a row and ours, in microseconds: the layer's, else both kernels'; None where one lacks."""
+    if row.sglang_layer_us is not None and row.layer_us is not None:
+        return row.sglang_layer_us, row.layer_us
+    up, down, own_up, own_down = row.times
+    if up is None or down is None or own_up is None or own_down is None:
+        return None
+    return own_up + own_down, up + down

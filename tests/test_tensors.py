@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fixer.kernel_arguments import Operand, Product, Role, operands, padded_tokens
+from fixer.tuning.routing import MIX, Routing
 from fixer.tuning.tensors import (
-    MIX,
-    Routing,
     align,
     choose_experts,
     make_layer,

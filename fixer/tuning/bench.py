@@ -19,13 +19,12 @@ from fixer.workload import Projection, Workload
 
 from .clock import Clock, Graph
 from .finals import Duel, KernelDuel, TilePair, Via, rounds_for
+from .routing import MIX, Routing
 from .space import BOTH
 from .tensors import (
     COLD_FACTOR,
-    MIX,
     Aligned,
     Layer,
-    Routing,
     align,
     copies_for_cold_weights,
     l2_bytes,

@@ -174,38 +174,58 @@ class Journal:
         )
 
     def looks(self) -> dict[Kernel, Look]:
-        """Every kernel's build with its timings of the first look (the fewest replays of each row)."""
-        timings: dict[Kernel, dict[int, Timing]] = {}
-        for timing in self.timings():
-            rows = timings.setdefault(timing.kernel, {})
-            if timing.tokens not in rows or timing.replays < rows[timing.tokens].replays:
-                rows[timing.tokens] = timing
-        with closing(
-            self._database.execute(
-                "SELECT projection, tile, outcome, shared_bytes, registers, spills, compile_seconds, message"
-                " FROM builds WHERE run = ?",
-                (self._run,),
-            )
-        ) as rows_of_builds:
-            builds = [
-                Build(_kernel(projection, tile), Outcome(outcome), shared, registers, spills, seconds, message)
-                for projection, tile, outcome, shared, registers, spills, seconds, message in rows_of_builds
-            ]
-        return {b.kernel: Look(b, tuple(timings.get(b.kernel, {}).values())) for b in builds}
+        """Every kernel's build with its timings of the first look (the fewest replays of each row), as tried."""
+        return _looks(self._database, self._run)
 
     def timings(self) -> list[Timing]:
         """Every time, in the order of the rows and replays."""
-        with closing(
-            self._database.execute(
-                "SELECT projection, tile, tokens, microseconds, least, replays FROM timings WHERE run = ?"
-                " ORDER BY tokens, replays",
-                (self._run,),
-            )
-        ) as rows:
-            return [
-                Timing(_kernel(projection, tile), tokens, microseconds, least, replays)
-                for projection, tile, tokens, microseconds, least, replays in rows
-            ]
+        return _timings(self._database, self._run)
+
+
+def read_looks(path: Path, key: RunKey) -> tuple[Look, ...]:
+    """The looks of a run in the order in which they were made, from a journal that is only read.
+
+    Empty where there is no journal, nothing of that run in it, or it cannot be read now.
+    """
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=2)) as database:
+            return tuple(_looks(database, key.digest).values())
+    except (sqlite3.Error, ValueError):
+        return ()
+
+
+def _looks(database: sqlite3.Connection, run: str) -> dict[Kernel, Look]:
+    timings: dict[Kernel, dict[int, Timing]] = {}
+    for timing in _timings(database, run):
+        rows = timings.setdefault(timing.kernel, {})
+        if timing.tokens not in rows or timing.replays < rows[timing.tokens].replays:
+            rows[timing.tokens] = timing
+    with closing(
+        database.execute(
+            "SELECT projection, tile, outcome, shared_bytes, registers, spills, compile_seconds, message"
+            " FROM builds WHERE run = ? ORDER BY rowid",
+            (run,),
+        )
+    ) as rows_of_builds:
+        builds = [
+            Build(_kernel(projection, tile), Outcome(outcome), shared, registers, spills, seconds, message)
+            for projection, tile, outcome, shared, registers, spills, seconds, message in rows_of_builds
+        ]
+    return {b.kernel: Look(b, tuple(timings.get(b.kernel, {}).values())) for b in builds}
+
+
+def _timings(database: sqlite3.Connection, run: str) -> list[Timing]:
+    with closing(
+        database.execute(
+            "SELECT projection, tile, tokens, microseconds, least, replays FROM timings WHERE run = ?"
+            " ORDER BY tokens, replays",
+            (run,),
+        )
+    ) as rows:
+        return [
+            Timing(_kernel(projection, tile), tokens, microseconds, least, replays)
+            for projection, tile, tokens, microseconds, least, replays in rows
+        ]
 
 
 def _kernel_key(kernel: Kernel) -> tuple[str, str]:

@@ -16,8 +16,9 @@ from fixer.workload import Workload
 from .clock import Clock, Graph
 from .finals import Duel, DuelRequest, TilePair, Via, rounds_for
 from .process import Handler
+from .routing import MIX
 from .space import BOTH
-from .tensors import MIX, TORCH_TYPES, copies_for_cold_weights, make_layer, route
+from .tensors import TORCH_TYPES, copies_for_cold_weights, make_layer, route
 
 SCALES = {Role.B_SCALE: "scale", Role.B_ZERO_POINT: "zp"}
 """How SGLang names a projection's scales: w1_scale, w1_zp, w2_scale, w2_zp."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
 
 from fixer.kernel_arguments import Operand, Product, Role, operands
 from fixer.workload import NumberFormat, Tile, Workload
+
+from .routing import Routing, popularity
 
 TORCH_TYPES: Mapping[str, torch.dtype] = {
     "fp8e4nv": torch.float8_e4m3fn,
@@ -24,31 +25,10 @@ TORCH_TYPES: Mapping[str, torch.dtype] = {
 }
 
 
-class Routing(Enum):
-    """How tokens choose their experts.
-
-    UNIFORM: every expert as likely as any other.
-    ZIPF: the i-th most popular expert is chosen in proportion to i ** -0.7, as trained routers roughly do.
-    HOT: a sixteenth of the experts (at least top_k) is eight times as likely as the others, as in one domain's text.
-    """
-
-    UNIFORM = "uniform"
-    ZIPF = "zipf"
-    HOT = "hot"
-
-
-MIX = (Routing.UNIFORM, Routing.ZIPF, Routing.UNIFORM, Routing.HOT)
-"""The routings of consecutive launches: half uniform, a quarter each of the two skewed ones."""
-
-
 def choose_experts(routing: Routing, tokens: int, experts: int, top_k: int, generator: torch.Generator) -> torch.Tensor:
     """Distinct experts for each token, drawn without replacement by the Gumbel trick: int32 [tokens, top_k]."""
     device = generator.device
-    weights = torch.ones(experts, device=device)
-    if routing is Routing.ZIPF:
-        weights = torch.arange(1, experts + 1, device=device).float() ** -0.7
-    elif routing is Routing.HOT:
-        weights[: max(top_k, experts // 16)] = 8.0
+    weights = torch.tensor(popularity(routing, experts, top_k), device=device)
     shuffled = weights[torch.randperm(experts, generator=generator, device=device)]
     uniform = torch.rand(tokens, experts, generator=generator, device=device).clamp_min(1e-20)
     return (shuffled.log() - (-uniform.log()).log()).topk(top_k, dim=1).indices.to(torch.int32)
