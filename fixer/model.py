@@ -357,6 +357,12 @@ def _refusal(name: str, filename: str, revision: str | None, error: Exception) -
     return _UnreachableError(HubError(f"the hub {said} for {at}", _OFFLINE_HINT))
 
 
+def hub_refusal(name: str, revision: str | None, error: Exception) -> HubError:
+    """What the hub's client raised over a whole repository, in our own words, without addresses or tokens."""
+    refusal = _refusal(name, "weights", revision, error)
+    return refusal.error if isinstance(refusal, _UnreachableError) else refusal
+
+
 def _status(error: Exception) -> int:
     code = getattr(getattr(error, "response", None), "status_code", 0)
     return code if isinstance(code, int) else 0
