@@ -14,7 +14,7 @@ from fixer.flags import ServerFlags, parse_flags, secret_flags
 from fixer.launch import split_flags
 from fixer.model import Hub, hub_refusal, load_model
 from fixer.progress import Progress
-from fixer.recipe import NOT_WEIGHTS, Recipe, context, default_command, labels, tar_pieces, weight_files
+from fixer.recipe import NOT_WEIGHTS, Recipe, context, default_command, tar_pieces, weight_files
 from fixer.store import Artefact, utc_now
 from fixer.transfer import artefacts_in, asks_for, check_versions, read_artefacts
 
@@ -40,7 +40,7 @@ class Order:
         tag: the new image's name.
         flags: the server's SGLang flags; moefix's own (--moefix-...) among them count for the server too.
         image: the moefix image to build on.
-        gpus: the cards to tune on.
+        gpus: the cards to tune on; None where the engine's default runtime gives them without being asked.
         planned_for: bake the plan for this card instead, without any.
         artefact: bake what this file has instead.
         with_weights: put the weights in.
@@ -53,7 +53,7 @@ class Order:
     tag: str
     flags: tuple[str, ...] = ()
     image: str = "moefix"
-    gpus: Gpus = ALL_GPUS
+    gpus: Gpus | None = ALL_GPUS
     planned_for: str | None = None
     artefact: Path | None = None
     with_weights: bool = False
@@ -321,14 +321,20 @@ def build(engine: Engine, recipe: Recipe, tag: str, progress: Progress) -> str:
             progress.advance(f"{sent / 2**30:.1f} GiB sent")
 
     progress.phase(f"building {tag}", steps)
-    return engine.build(tar_pieces(context(recipe), count), tag, labels(recipe), progress)
+    return engine.build(tar_pieces(context(recipe), count), tag, lambda line: _tell(line, progress))
+
+
+def _tell(line: str, progress: Progress) -> None:
+    """A line of the engine's build, less what it says of its own intermediate containers."""
+    if not line.startswith(("--->", "Removing intermediate", "Successfully")):
+        progress.note(line.removeprefix("moefix: ")[:200])
 
 
 # --- what to say -----------------------------------------------------------------------------------------------------
 
 
-def parse_gpus(text: str) -> Gpus:
-    """Cards as `docker run --gpus` takes them: all, 2, device=0, device=0,2 or device=GPU-....
+def parse_gpus(text: str) -> Gpus | None:
+    """Cards as `docker run --gpus` takes them: all, 2, device=0, device=0,2 or device=GPU-...; None for "none".
 
     Raises:
         UsageError: it is neither.
@@ -336,11 +342,16 @@ def parse_gpus(text: str) -> Gpus:
     words = text.strip().strip('"')
     if words == "all":
         return ALL_GPUS
+    if words == "none":
+        return None
     if words.isascii() and words.isdigit() and 0 < int(words) < 1000:
         return Gpus(int(words))
     if re.fullmatch(r"device=[A-Za-z0-9:./-]+(,[A-Za-z0-9:./-]+)*", words):
         return Gpus(devices=tuple(words.removeprefix("device=").split(",")))
-    raise UsageError(f"--gpus is {text[:60]!r}", "Write it as all, 1, device=0 or device=0,2.")
+    raise UsageError(
+        f"--gpus is {text[:60]!r}",
+        "Write it as all, 1, device=0, device=0,2, or none where Docker's default runtime is NVIDIA's.",
+    )
 
 
 def how_to_start(order: Order) -> str:

@@ -190,16 +190,13 @@ class Engine:
             # Said and no more, so that it hides no fault before it.
             say(f"the container stays ({_first_line(fault)}): docker rm --force --volumes {name}")
 
-    def build(
-        self, context: Generator[bytes, None, None], tag: str, labels: Mapping[str, str], progress: Progress
-    ) -> str:
+    def build(self, context: Generator[bytes, None, None], tag: str, on_line: Callable[[str], None]) -> str:
         """Build an image without any network.
 
         Args:
             context: the build context as a tar file, piece by piece.
             tag: what to call it.
-            labels: labels to set.
-            progress: told of every step.
+            on_line: gets every line that the engine says.
 
         Returns:
             The image's id.
@@ -207,14 +204,13 @@ class Engine:
         Raises:
             DockerError: a step fails, or there is no space.
         """
-        built, lines = "", _Lines(progress.note)
+        built, lines = "", _Lines(on_line)
         what = f"{tag} cannot be built"
         with _told(what), contextlib.closing(context):
             for line in self._client.api.build(
                 fileobj=context,
                 custom_context=True,
                 tag=tag,
-                labels=dict(labels),
                 network_mode="none",
                 rm=True,
                 forcerm=True,

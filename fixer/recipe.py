@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tarfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -148,7 +149,7 @@ class Entry:
 
 
 def dockerfile(recipe: Recipe) -> str:
-    """The Dockerfile. Values of the user's only come in as JSON, in which nothing is substituted."""
+    """The Dockerfile. Values come in as JSON, in which nothing is substituted, or quoted as a label's value."""
     install = [*recipe.entrypoint, "import", "--install", "--home", str(FOLDER)]
     lines = [
         f"FROM {recipe.base}",
@@ -157,8 +158,14 @@ def dockerfile(recipe: Recipe) -> str:
         f"ENV {VARIABLE}={FOLDER}",
         "RUN " + json.dumps([*install, *(str(artefact_file(artefact)) for artefact in recipe.artefacts)]),
         "CMD " + json.dumps(recipe.command),
+        "LABEL " + " ".join(f"{name}={_quoted(value)}" for name, value in labels(recipe).items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _quoted(value: str) -> str:
+    """A label's value: within double quotes a Dockerfile substitutes $ and unescapes backslashes."""
+    return '"' + re.sub(r'(["\\$])', r"\\\1", " ".join(value.split())) + '"'
 
 
 def artefact_file(artefact: Artefact) -> Path:
