@@ -16,7 +16,7 @@ from fixer.model import Hub, hub_refusal, load_model
 from fixer.progress import Progress
 from fixer.recipe import NOT_WEIGHTS, Recipe, context, default_command, tar_pieces, weight_files
 from fixer.store import Artefact, utc_now
-from fixer.transfer import artefacts_in, asks_for, check_versions, read_artefacts
+from fixer.transfer import artefacts_in, asks_for, check_versions, missing_rows, read_artefacts
 
 ALL_GPUS = Gpus()
 
@@ -100,6 +100,8 @@ def bake(order: Order, progress: Progress, environ: Mapping[str, str] = os.envir
     check_tag(engine, order, base)
     for artefact in given:
         check_artefact(artefact, order, flags, base)
+        if missing := missing_rows(artefact, flags):
+            progress.note(f"the artefact has no rows for M = {', '.join(map(str, missing))}: a server will tune them")
     weights, revision = fetch_weights(order, engine) if order.with_weights else (None, order.revision)
     artefacts = given or artefacts_from(engine, base, order, revision, environ, progress)
     recipe = Recipe(

@@ -9,10 +9,12 @@ from enum import Enum
 from pathlib import Path
 
 from fixer.decide import decide
-from fixer.errors import SGLangError, UsageError
+from fixer.errors import CardError, SGLangError, UsageError
 from fixer.flags import ServerFlags
-from fixer.gpu import Card
+from fixer.gpu import Card, find_card
 from fixer.install import Installation, Pair, install_pair, render_table
+from fixer.kernel import read_kernel_source
+from fixer.ladder import ladder
 from fixer.model import Model
 from fixer.plan import Plan
 from fixer.sglang_tree import RELEASES, Tree, fetched_tree, installed_tree, tree_at
@@ -102,8 +104,22 @@ def install_in(tree: Tree, artefact: Artefact, home: Path) -> Installation:
         SGLangError: the artefact is of another SGLang or Triton, so that its files would not be found or not hold.
         StoreError: nothing can be written.
     """
-    check_versions(artefact.environment, tree.version, tree.triton)
+    check_tree(artefact.environment, tree)
     return install_pair(tree.triton_folder, Pair.of(artefact), home, tree.version)
+
+
+def check_tree(environment: Environment, tree: Tree) -> None:
+    """Refuse an artefact of another SGLang, Triton or kernel than a tree's.
+
+    Raises:
+        SGLangError: it is.
+    """
+    check_versions(environment, tree.version, tree.triton)
+    if environment.kernel_hash != read_kernel_source(tree.kernel_source).sha256:
+        raise SGLangError(
+            f"the artefact is of another kernel than that of SGLang {tree.version} in {tree.package}",
+            "One of the two SGLangs was changed: tune with this one.",
+        )
 
 
 def check_versions(environment: Environment, sglang: str, triton: str) -> None:
@@ -150,6 +166,20 @@ def asks_for(artefact: Artefact, model: Model, flags: ServerFlags) -> bool:
     environment = artefact.environment
     card = Card(environment.card, environment.capability, environment.shared_memory, 0)
     return decide(model, flags, card, environment.sglang).workload == artefact.workload
+
+
+def missing_rows(artefact: Artefact, flags: ServerFlags) -> tuple[int, ...]:
+    """The batch sizes that a server with those flags runs on the artefact's card, and that it has no rows for.
+
+    Empty where the card is none of the table's: its memory decides, and the artefact does not have it.
+    """
+    environment = artefact.environment
+    try:
+        card = find_card(environment.card)
+    except (CardError, UsageError):
+        return ()
+    wanted = ladder(flags, card, environment.sglang, artefact.workload)
+    return tuple(sorted(set(wanted) - {row.batch for row in artefact.rows}))
 
 
 def only_one(chosen: Chosen) -> Artefact:

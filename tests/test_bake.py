@@ -223,6 +223,15 @@ def test_an_exported_artefact_needs_no_container(engine, artefact, exported, mod
     assert baked.recipe.artefacts == (artefact,)
 
 
+def test_rows_that_a_server_would_still_tune_are_told(engine, exported, model):
+    told = Notes()
+    bake(Order(model, "me/x", artefact=exported), told, {})
+    assert not any("no rows" in line for line in told.lines)
+    bake(Order(model, "me/x", ("--cuda-graph-max-bs", "777"), artefact=exported, force=True), told, {})
+    (line,) = [line for line in told.lines if "no rows" in line]
+    assert "777" in line
+
+
 def test_an_artefact_that_the_image_would_not_use_is_refused(engine, artefact, exported, model):
     with pytest.raises(UsageError, match="does not ask for this artefact's E=128"):
         bake(Order(model, "me/x", ("--tp", "2"), artefact=exported), Silent(), {})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 from fixer.docker_engine import ContainerRun, Engine, _cut, _error, _Lines
 from fixer.errors import DockerError
+from fixer.progress import Silent
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -79,6 +82,27 @@ def test_no_engine_is_one_clear_line(host):
     assert result.stderr.startswith("moefix: Docker cannot be reached: ")
     assert "Traceback" not in result.stderr
     assert len(result.stderr.splitlines()) <= 2
+
+
+def give_up_roots_rights() -> None:
+    """For `preexec_fn`: root obeys modes as everybody else does."""
+    if os.geteuid() == 0 and ctypes.CDLL(None).prctl(24, 1, 0, 0, 0) != 0:  # CAP_DAC_OVERRIDE, out of the bounding set
+        raise OSError("capabilities cannot be given up here")
+
+
+def test_no_right_to_talk_to_the_engine_is_told(tmp_path):
+    path = tmp_path / "docker.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        path.chmod(0)
+        command = [sys.executable, str(ROOT / "entrypoint.py"), "bake", "--model", "x/y", "--tag", "me/x"]
+        environ = {**os.environ, "DOCKER_HOST": f"unix://{path}"}
+        options = {"env": environ, "capture_output": True, "text": True, "timeout": 60}
+        result = subprocess.run(command, check=False, preexec_fn=give_up_roots_rights, **options)
+    assert result.returncode == 10
+    assert "this user may not talk to Docker" in result.stderr
+    assert "group docker" in result.stderr
 
 
 def test_lines_are_whole_and_harmless():
@@ -166,3 +190,66 @@ def test_output_without_end_is_cut_off():
     with pytest.raises(DockerError, match="printed more"):
         Engine(client).run(RUN, print)
     assert len(client.removed) == 1
+
+
+# --- pulling and building --------------------------------------------------------------------------------------------
+
+
+class _Stream:
+    """The SDK's client, as far as answers line by line go."""
+
+    def __init__(self, *lines):
+        self.api, self._lines, self.asked = self, lines, []
+
+    def pull(self, repository, **options):
+        self.asked.append((repository, options["tag"]))
+        return iter(self._lines)
+
+    def build(self, **options):
+        self.asked.append((options["tag"], b"".join(options["fileobj"])))
+        return iter(self._lines)
+
+
+class _Counted(Silent):
+    def __init__(self):
+        self.steps, self.total = 0, 0
+
+    def advance(self, detail="", total=None):
+        self.steps, self.total = self.steps + 1, total
+
+
+def test_a_pull_counts_layers():
+    layers = [{"id": "a", "status": "Pulling fs layer"}, {"id": "b", "status": "Pulling fs layer"}]
+    done = [{"id": name, "status": "Pull complete"} for name in "ab"]
+    client, progress = _Stream({"status": "Pulling from me/x", "id": "1"}, *layers, *done, done[0]), _Counted()
+    Engine(client).pull("localhost:5000/me/x", progress)
+    assert client.asked == [("localhost:5000/me/x", "latest")]
+    assert (progress.steps, progress.total) == (2, 2)
+
+
+def test_a_pull_that_is_refused():
+    with pytest.raises(DockerError, match="there is no such image"):
+        Engine(_Stream({"error": "manifest unknown"})).pull("me/x:1", Silent())
+
+
+def pieces():
+    yield b"con"
+    yield b"text"
+
+
+def test_a_build_gives_the_images_id():
+    client = _Stream({"stream": "Step 1/1 : FROM x\n"}, {"stream": " ---> 1\n"}, {"aux": {"ID": "sha256:new"}})
+    said = []
+    assert Engine(client).build(pieces(), "me/x", said.append) == "sha256:new"
+    assert client.asked == [("me/x", b"context")]
+    assert said == ["Step 1/1 : FROM x", "---> 1"]
+
+
+def test_a_build_that_fails_says_where():
+    lines = ({"stream": "Step 2/6 : COPY model /opt\n"}, {"error": "write /opt/model: no space left on device"})
+    with pytest.raises(DockerError) as caught:
+        Engine(_Stream(*lines)).build(pieces(), "me/x", print)
+    assert "me/x cannot be built: there is no space left (Step 2/6 : COPY model /opt" in caught.value.message
+    assert "prune" in caught.value.hint
+    with pytest.raises(DockerError, match="did not say"):
+        Engine(_Stream()).build(pieces(), "me/x", print)

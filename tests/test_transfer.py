@@ -264,6 +264,10 @@ def test_import_installs_into_the_tree_it_was_tuned_for_only(artefact, tree, tmp
     result = moefix(tmp_path / "home", *arguments)
     assert result.returncode == 5
     assert "Triton 3.5.1, and here is SGLang 0.5.17 with Triton 3.6.0" in result.stderr
+    with pytest.raises(SGLangError, match="another kernel"):
+        install_in(
+            tree_at(package), replace(artefact, environment=replace(artefact.environment, kernel_hash="0")), tmp_path
+        )
     with pytest.raises(SGLangError):
         install_in(tree_at(package), artefacts_in(tmp_path / "a.json")[0], tmp_path)
 

@@ -30,7 +30,7 @@ def command(*, files: tuple[Path, ...], install: bool, sglang_root: Path | None,
         tree = find_tree(root, None, data / "cache", fetch=False) if install else None
         for artefact in artefacts:
             if tree is not None:
-                transfer.check_versions(artefact.environment, tree.version, tree.triton)
+                transfer.check_tree(artefact.environment, tree)
         for artefact in artefacts:
             click.echo(f"kept {transfer.keep(artefact, data)}: {transfer.describe(artefact)}")
             if not artefact.measured:
