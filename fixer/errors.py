@@ -71,3 +71,9 @@ class StoreError(MoefixError):
     """The data folder or SGLang's tree cannot be read or written."""
 
     exit_code: ClassVar[int] = 9
+
+
+class DockerError(MoefixError):
+    """Docker is not there, or refuses."""
+
+    exit_code: ClassVar[int] = 10

@@ -156,6 +156,9 @@ OPTIONS: tuple[Option, ...] = (
     Option("cuda_graph_config", Kind.UNREAD, ("--cuda-graph-config",)),
 )
 
+SECRET_FLAGS = ("--api-key", "--admin-api-key", "--ssl-keyfile-password")
+"""Flags whose value is a secret (server_args.py:1292-1309 of 0.5.17)."""
+
 _BY_SPELLING: Mapping[str, Option] = {spelling: option for option in OPTIONS for spelling in option.spellings}
 
 _DTYPES: Mapping[str, str] = {
@@ -192,6 +195,14 @@ def parse_flags(argv: Sequence[str]) -> ServerFlags:
     if values.get("quantization") == "unquant":
         values["quantization"] = None  # "what the checkpoint has" (server_args.py:4084-4091)
     return replace(ServerFlags(**values), unread=tuple(dict.fromkeys(unread)))
+
+
+def secret_flags(words: Sequence[str]) -> tuple[str, ...]:
+    """Those words of a command line that are flags with a secret behind them, abbreviated or not."""
+    spellings = [word.partition("=")[0] for word in words]
+    # --ssl-keyfile, which is a file's name, is a flag of its own.
+    found = [spelt for spelt in spellings if len(spelt) > 4 and not "--ssl-keyfile".startswith(spelt)]
+    return tuple(spelt for spelt in found if any(secret.startswith(spelt) for secret in SECRET_FLAGS))
 
 
 def _occurrences(words: Sequence[str]) -> Iterator[tuple[Option, str, list[str]]]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from fixer.errors import StoreError
 from fixer.sglang_tree import BEFORE_MOEFIX, CONFIG_DIR_VARIABLE
 from fixer.store import (
+    Artefact,
     Damaged,
     check_file_name,
     check_tile,
@@ -65,6 +66,16 @@ class Pair:
                 raise ValueError(f"row {batch}: {tile} and {self.down[batch]} differ in BLOCK_SIZE_M")
             if tile.use_tma:
                 raise ValueError(f"row {batch}: USE_TMA breaks SGLang 0.5.17 in a gate_up file")
+
+    @classmethod
+    def of(cls, artefact: Artefact) -> Pair:
+        """An artefact's two files."""
+        return cls(
+            artefact.gate_up_file,
+            artefact.down_file,
+            {row.batch: row.gate_up for row in artefact.rows},
+            {row.batch: row.down for row in artefact.rows},
+        )
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from fixer.baked import find_kept, is_baked, with_baked_command
 from fixer.download import downloading
 from fixer.errors import MoefixError
 from fixer.install import Installation, Pair, install_pair
 from fixer.launch import MoefixOptions, become_server, split_flags
 from fixer.progress import terminal_progress
 from fixer.situation import TUNABLE, Situation, look_around
-from fixer.store import Artefact, Decision, data_home, find_artefact, save_artefact
+from fixer.store import Artefact, Decision, data_home, save_artefact
 from fixer.workload import Workload
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def serve(argv: Sequence[str]) -> NoReturn:
         MoefixError: what makes serving pointless (no such model, no card, no SGLang). A failed tuning is a warning,
             and an error only with --moefix-strict.
     """
-    options, server_flags = split_flags(argv)
+    options, server_flags = split_flags(with_baked_command(argv))
     say = Voice(quiet=options.quiet)
     home = data_home(options.home)
     situation = look_around(server_flags, home=home, sglang_root=options.sglang_root, smem_limit=options.smem_limit)
@@ -91,17 +92,21 @@ def artefact_for(
     from fixer.tune import covers, environment_of
 
     environment = environment_of(situation.tree, situation.cards[kind][0])
-    found = find_artefact(home, environment, workload)
+    rows = situation.rows(kind)
+    found = find_kept(home, environment, workload, rows)
     for damaged in found.damaged:
         say.warning(str(damaged))
-    rows = situation.rows(kind)
     if found.artefact is not None and not options.fresh:
+        if not found.artefact.measured:
+            say.line("these configurations fit this card and were not measured; --moefix-fresh tunes on it")
+            return found.artefact
         if covers(found.artefact, rows):
             say.line(f"tuned before on {found.artefact.created}: nothing to measure")
             return found.artefact
         say.line("tuned before, but this server runs batch sizes that it does not know: tuning those")
     elif found.mismatch is not None:
-        say.line(f"an earlier tuning is not used: {'; '.join(found.mismatch.reasons)}")
+        whose = "this image's tuning" if is_baked(found.mismatch.path) else "an earlier tuning"
+        say.line(f"{whose} is not used: {'; '.join(found.mismatch.reasons)}")
     if options.skip_tune:
         return found.artefact
     wish = Wish(with_rows_of(found.artefact, rows), fresh=options.fresh)
@@ -176,13 +181,7 @@ def verdict(artefact: Artefact, gain: float | None) -> str:
 
 def install(artefact: Artefact, situation: Situation, home: Path, say: Voice) -> Installation:
     """Put an artefact's pair of files where SGLang looks."""
-    pair = Pair(
-        artefact.gate_up_file,
-        artefact.down_file,
-        {row.batch: row.gate_up for row in artefact.rows},
-        {row.batch: row.down for row in artefact.rows},
-    )
-    installation = install_pair(situation.tree.triton_folder, pair, home, situation.tree.version)
+    installation = install_pair(situation.tree.triton_folder, Pair.of(artefact), home, situation.tree.version)
     for note in installation.notes:
         say.line(note)
     say.line(f"installed {installation.gate_up_path} and {installation.down_path.name}")
@@ -238,6 +237,7 @@ def tune_only(
 
     say = Voice(quiet=options.quiet)
     home = data_home(options.home)
+    argv = with_baked_command(argv)
     situation = look_around(argv, home=home, sglang_root=options.sglang_root, smem_limit=options.smem_limit)
     artefacts = []
     for kind, decision in enumerate(situation.decisions):
@@ -246,8 +246,10 @@ def tune_only(
         if decision.outcome not in TUNABLE or decision.workload is None:
             say.warning("nothing to tune")
             continue
-        found = None if options.fresh else find_artefact(home, environment_of(situation.tree, card), decision.workload)
-        rows = with_rows_of(found.artefact if found else None, situation.rows(kind))
+        rows = situation.rows(kind)
+        if not options.fresh:
+            kept = find_kept(home, environment_of(situation.tree, card), decision.workload, rows)
+            rows = with_rows_of(kept.artefact, rows)
         wish = Wish(rows, options.fresh, exhaustive, record)
         artefact = tune_kind(situation, kind, wish, home, say)
         for name, value in install(artefact, situation, home, say).env:

@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from enum import Enum
 from pathlib import Path
@@ -761,7 +761,7 @@ def save_artefact(home: Path, artefact: Artefact) -> Path:
 def find_artefact(home: Path, environment: Environment, workload: Workload) -> Found:
     """The kept artefact for this environment and workload, whatever state the folder is in. Never raises for a file.
 
-    A damaged file is moved aside and reported.
+    A damaged file is moved aside and reported. One that was not measured holds for any driver: nothing ran on one.
     """
     path = artefact_path(home, environment, workload)
     artefact, damaged = _load(path)
@@ -774,8 +774,9 @@ def find_artefact(home: Path, environment: Environment, workload: Workload) -> F
         if damaged:
             reports.append(damaged)
         if other and other.workload == workload:
-            parts = other.environment.difference(environment)
-            near.append(Mismatch(other_path, parts, other.environment.explain(environment)))
+            was = other.environment if other.measured else replace(other.environment, driver=environment.driver)
+            parts = was.difference(environment)
+            near.append(Mismatch(other_path, parts, was.explain(environment)))
             if not parts:
                 return Found(other, None, tuple(dict.fromkeys(reports)))
     return Found(None, min(near, key=lambda mismatch: len(mismatch.parts), default=None), tuple(dict.fromkeys(reports)))
