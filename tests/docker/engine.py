@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = os.environ.get("MOEFIX_TEST_BASE", "moefix-test-base:bookworm")
-IMAGE = "moefix-test:wheel"
+IMAGE = os.environ.get("MOEFIX_TEST_IMAGE", "moefix-test:wheel")
 CAPTURED = {"capture_output": True, "text": True, "timeout": 900}
 FAKE_TOKEN = "hf_ThisIsNoTokenButMustNotBeInAnyLayer"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -20,7 +20,8 @@ def docker(*arguments: str, check: bool = True, **options) -> subprocess.Complet
     return result
 
 
-def build(context: Path, tag: str, **arguments: str) -> subprocess.CompletedProcess[str]:
+def build(context: Path, tag: str, *options: str, **arguments: str) -> subprocess.CompletedProcess[str]:
+    """Build the image from the local base, with build arguments over those that all tests share."""
     values = {
         "BASE_IMAGE": BASE,
         "SGLANG_SOURCE": "wheel",
@@ -29,6 +30,6 @@ def build(context: Path, tag: str, **arguments: str) -> subprocess.CompletedProc
         "MOEFIX_REVISION": REVISION,
         **arguments,
     }
-    options = [word for name, value in values.items() for word in ("--build-arg", f"{name}={value}")]
+    given = [word for name, value in values.items() for word in ("--build-arg", f"{name}={value}")]
     environ = {**os.environ, "DOCKER_BUILDKIT": "0", "HF_TOKEN": FAKE_TOKEN}
-    return docker("build", "--tag", tag, *options, str(context), check=False, env=environ)
+    return docker("build", "--tag", tag, *given, *options, str(context), check=False, env=environ)
