@@ -90,7 +90,7 @@ VOLUME /data
 # Also the last place where Python looks for a temporary folder: with --read-only it is the one that can be written.
 WORKDIR /data
 
-COPY pyproject.toml README.md LICENSE entrypoint.py docker/check_kernels.py /opt/moefix/
+COPY pyproject.toml README.md LICENSE entrypoint.py docker/check_kernels.py docker/check_labels.py /opt/moefix/
 COPY fixer /opt/moefix/fixer
 ARG SGLANG_VERSION
 ARG TRITON_VERSION
@@ -98,7 +98,10 @@ ARG TRITON_VERSION
 ARG MOEFIX_VERSION=0.1.0
 RUN pip install --no-cache-dir --no-deps --no-build-isolation --editable /opt/moefix \
     && python3 -m compileall -q /opt/moefix \
-    && python3 /opt/moefix/check_kernels.py --moefix "$MOEFIX_VERSION" --sglang "$SGLANG_VERSION" --triton "$TRITON_VERSION"
+    && python3 /opt/moefix/check_labels.py "moefix=$MOEFIX_VERSION" "sglang=$SGLANG_VERSION" "triton=$TRITON_VERSION"
+
+# One kernel for each architecture, compiled without a card.
+RUN python3 /opt/moefix/check_kernels.py
 
 ARG BASE_IMAGE
 ARG BASE_DIGEST

@@ -1,4 +1,4 @@
-"""The image's check at build time: the versions that its labels state, and one kernel for each architecture.
+"""Part of the image's build: one kernel for each architecture.
 
 Compiles SGLang's kernel with bfloat16 inputs, which all of them have. Needs no GPU and no network, and leaves nothing
 behind.
@@ -6,8 +6,6 @@ behind.
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
 import os
 import sys
 import tempfile
@@ -23,13 +21,6 @@ with tempfile.TemporaryDirectory() as scratch:
     from fixer.kernel import Candidate, CompileOutcome, Target, compile_candidate, planning_driver, read_kernel_source
     from fixer.sglang_tree import installed_tree
     from fixer.workload import Projection, Tile, Workload
-
-    parser = argparse.ArgumentParser()
-    for package in ("moefix", "sglang", "triton"):
-        parser.add_argument(f"--{package}", required=True)
-    for package, version in vars(parser.parse_args()).items():
-        if (found := importlib.metadata.version(package)) != version:
-            sys.exit(f"check_kernels: {package} {found} is installed, and the label says {version}")
 
     tree = installed_tree()
     if tree is None:
