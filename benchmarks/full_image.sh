@@ -43,7 +43,8 @@ for name in ("sglang", "torch", "triton", "transformers", "flashinfer", "sglang.
         module = importlib.import_module(name)
         print(name, getattr(module, "__version__", ""), "ok")
     except ImportError as fault:
-        print(name, "no:", next(line for line in str(fault).splitlines() if "libcuda" in line or "Error" in line)[:160])
+        lines = str(fault).splitlines()
+        print(name, "no:", next((line.strip() for line in lines if "libcuda" in line), lines[0])[:160])
 '
     within sh -c 'python3 -W ignore -m sglang.launch_server --help 2>/dev/null | head -n 1'
     echo

@@ -112,6 +112,28 @@ def test_the_script_that_builds_it_says_of_which_checkout(context, image):
     assert labels["org.opencontainers.image.source"] == "https://example.org/moefix.git"
 
 
+def test_buildkit_builds_the_same(context, image):
+    """Any Docker program here that has BuildKit: Debian's own has, one without the buildx plugin has not."""
+    tag = IMAGE + "-buildkit"
+    environ = {**build_environment(), "DOCKER_BUILDKIT": "1"}
+    arguments = build_options(MOEFIX_REVISION=REVISION)
+    for program in ("docker", "/usr/bin/docker"):
+        command = [program, "build", "--tag", tag, *arguments, str(context)]
+        result = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+        if result.returncode == 0 or "buildx" not in result.stderr:
+            break
+    assert result.returncode == 0, result.stderr[-4000:]
+    (classic,), (kit,) = (json.loads(docker("image", "inspect", name).stdout) for name in (image, tag))
+    settings = ("Env", "Labels", "Entrypoint", "Cmd", "Volumes", "WorkingDir", "User", "Healthcheck")
+    assert {name: kit["Config"].get(name) for name in settings} == {
+        name: classic["Config"].get(name) for name in settings
+    }
+    # BuildKit keeps what a step writes into a volume.
+    listed = docker("run", "--rm", "--entrypoint", "ls", tag, "-A", "/data").stdout
+    docker("image", "rm", tag)
+    assert listed == ""
+
+
 def times_in_layers(image: str, wanted: bytes) -> int:
     """How often `wanted` is in the image's layers and settings; `docker save` holds layers uncompressed."""
     count, tail = 0, b""
