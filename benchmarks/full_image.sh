@@ -23,7 +23,7 @@ measure() {
         --build-arg SGLANG_SOURCE=wheel --build-arg PIP_CERT=/etc/ssl/certs/ca-certificates.crt >"$build_log" 2>&1 ||
         { tail -n 50 "$build_log"; return 1; }
     grep -E '^(Step|Successfully|ok |warning |sm_)' "$build_log" | cut -c1-400
-    echo "took $(($(date +%s) - began)) s"
+    echo "took $(($(date +%s) - began)) s, load average $(cut -d' ' -f1-3 /proc/loadavg)"
     echo
     echo "## layers, in bytes"
     docker history --human=false --no-trunc --format '{{.Size}} {{.CreatedBy}}' "$image" |
@@ -60,4 +60,8 @@ within() {
 }
 
 measure | tee "$log"
-[ "${KEEP:-0}" = 1 ] || docker image rm "$image" >/dev/null
+# The classic builder also leaves the stage that it went through without need.
+[ "${KEEP:-0}" = 1 ] || {
+    docker image rm "$image"
+    docker image prune --force --filter label=moefix.sglang.commit
+} >/dev/null
