@@ -8,7 +8,6 @@ facts.md. Several ranks write into one log, so the frames above an error may be 
 from __future__ import annotations
 
 import re
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -342,24 +341,24 @@ _CUTLASS = next(kernel for kernel in KERNELS if "cutlass_moe" in kernel.marks)
 
 
 class Diagnosis:
-    """Follows a log and explains each kind of error once."""
+    """Explains each kind of error once."""
 
     def __init__(self) -> None:
-        self._recent: deque[str] = deque(maxlen=FRAMES)
-        self._said: set[tuple[Fault, str, str]] = set()
+        self._said: set[tuple[str, str, str]] = set()
 
-    def remember(self, lines: Iterable[str]) -> None:
-        """Lines that show no error, for the frames above one that does."""
-        self._recent.extend(lines)
-
-    def see(self, line: str) -> Finding | None:
-        """What a line means, None where it is no error or one that was explained before."""
-        finding = find(line, reversed(self._recent)) if len(self._said) < MOST else None
-        self._recent.append(line)
-        if finding is None:
+    def see(self, line: str, above: Iterable[str]) -> Finding | None:
+        """What a line means, None where it is no error or one of a kind that was explained before."""
+        finding = find(line, above) if len(self._said) < MOST else None
+        if finding is None or self.kind(finding) in self._said:
             return None
-        kind = (finding.fault, finding.kernel.name, finding.launched)
-        if kind in self._said:
-            return None
-        self._said.add(kind)
+        self._said.add(self.kind(finding))
         return finding
+
+    def skip(self, kind: tuple[str, str, str]) -> None:
+        """Take a kind of error for explained."""
+        self._said.add(kind)
+
+    @staticmethod
+    def kind(finding: Finding) -> tuple[str, str, str]:
+        """What makes two errors alike."""
+        return (finding.fault.name, finding.kernel.name, finding.launched)

@@ -11,14 +11,17 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fixer.errors import StoreError
+from fixer.errors import MoefixError, StoreError
 from fixer.store import parse_json, read_bounded, safe_name, utc_now, write_atomically
+
+if TYPE_CHECKING:
+    from fixer.progress import Progress
 
 SCHEMA = 1
 
@@ -126,6 +129,9 @@ def state_path(home: Path, host: str, pid: int) -> Path:
     return home / "run" / f"{safe_name(host)}-{pid}.json"
 
 
+_PROGRESS = ("tuning", "download", "detail")
+
+
 class Board:
     """This process's state, kept in its file. Writing it never fails: a server is worth more than a note about it.
 
@@ -147,8 +153,9 @@ class Board:
 
         Progress alone (`tuning`, `download`, `detail`) is written at most every half second.
         """
-        self.status = replace(self.status, **changes, updated=utc_now())
-        hurry = not changes.keys() <= {"tuning", "download", "detail"}
+        before = self.status
+        self.status = replace(before, **changes, updated=utc_now())
+        hurry = any(getattr(before, name) != value for name, value in changes.items() if name not in _PROGRESS)
         if hurry or self._now() - self._written >= WRITE_INTERVAL:
             self._write()
 
@@ -156,6 +163,70 @@ class Board:
         self._written = self._now()
         with contextlib.suppress(StoreError):
             write_atomically(self.path, self.status.to_json().encode())
+
+
+@contextlib.contextmanager
+def told(board: Board) -> Iterator[Board]:
+    """Have the board say how it ended, if it ends: as the server the process goes on."""
+    try:
+        yield board
+    except MoefixError as fault:
+        board.update(phase=Phase.FAILED, detail=_one_line(f"{fault.message} {fault.hint}"))
+        raise
+    except (SystemExit, KeyboardInterrupt):
+        board.update(phase=Phase.ENDED)
+        raise
+    except BaseException as fault:
+        board.update(phase=Phase.FAILED, detail=_one_line(f"{type(fault).__name__}: {fault}"))
+        raise
+
+
+def _one_line(text: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in text).strip()[:1000]
+
+
+WAITING_WORDS = "another moefix is tuning"
+"""How `fixer.tune` begins its note that it waits for another process."""
+
+
+class OnBoard:
+    """Passes progress on, and keeps a board up to date with it."""
+
+    def __init__(self, progress: Progress, board: Board) -> None:
+        self._progress = progress
+        self._board = board
+        self._share = Share(0, 0, "steps")
+
+    def phase(self, name: str, total: int) -> None:
+        """A new phase begins."""
+        self._share = Share(0, max(total, 0), "steps")
+        self._board.update(phase=Phase.TUNING, detail=_one_line(name), tuning=self._share)
+        self._progress.phase(name, total)
+
+    def advance(self, detail: str = "", total: int | None = None) -> None:
+        """One step is done."""
+        done = self._share.done + 1
+        self._share = Share(done, max(total or self._share.total, done), "steps")
+        self._board.update(tuning=self._share)
+        self._progress.advance(detail, total)
+
+    def note(self, line: str) -> None:
+        """One line that stays; waiting for another process is a phase of its own."""
+        if line.startswith(WAITING_WORDS):
+            self._board.update(phase=Phase.WAITING, detail=_one_line(line))
+        self._progress.note(line)
+
+
+def resume_board(path: Path) -> Board | None:
+    """The board of a process whose state is in that file, for another one to go on with; None where there is none."""
+    try:
+        status = Status.from_json(read_bounded(path))
+    except (OSError, ValueError):
+        return None
+    board = Board.__new__(Board)
+    board.status, board.path = status, path
+    board._now, board._written = time.monotonic, float("-inf")
+    return board
 
 
 def states(home: Path) -> tuple[Status, ...]:

@@ -231,7 +231,7 @@ def _without_look_up(expected: Expected, seen: Seen) -> Verdict | None:
     if seen.deterministic:
         return _never(expected, _DETERMINISTIC)
     if seen.served or (seen.ready and not expected.lazy):
-        return _never(expected, _ran(expected, seen))
+        return _never(expected, ran_instead(expected, seen))
     if seen.ended:
         return Verdict(Outcome.ENDED, "SGLang ended before it looked for a MoE file") if expected.asks else None
     return _not_yet(expected, seen)
@@ -261,7 +261,7 @@ def _never(expected: Expected, ran: str) -> Verdict:
     return Verdict(Outcome.NEVER, f"SGLang never looked for a MoE file: {ran}")
 
 
-def _ran(expected: Expected, seen: Seen) -> str:
+def ran_instead(expected: Expected, seen: Seen) -> str:
     """What ran the experts, by the log, else by the rules."""
     facts = seen.facts
     if facts.get("enable_deterministic_inference") == "True":
