@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fixer.asked import Asked, decision_for, find, keep, question_of
-from fixer.decide import Outcome
+from fixer.decide import Decision, Outcome
 from fixer.errors import SGLangError, StoreError, TuneError
 from fixer.families import NEW, at_least, look_up
 from fixer.flags import ServerFlags, parse_flags
 from fixer.launch import MoefixOptions, server_command
 from fixer.model import Model
-from fixer.sglang_log import Said, read_line
+from fixer.sglang_log import read_line
 from fixer.store import utc_now
 from fixer.verdict import SETTLING_SECONDS, Expected, Seen, down_name, ran_instead
 
@@ -57,14 +57,16 @@ def as_asked(situation: Situation, argv: Sequence[str], options: MoefixOptions, 
         asked = _known(situation, kind, options, home, say)
         if asked is None and _wanted(decision.outcome, options):
             asked = _asked_now(situation, kind, argv, home, say)
-        if asked is not None:
-            try:
-                decision = decision_for(situation, kind, asked)
-            except ValueError as fault:
-                say.warning(f"{fault}; SGLang's own configuration is served")
-                decision = replace(decision, outcome=Outcome.NO_LOOKUP, reason=str(fault))
-        decisions.append(decision)
+        decisions.append(decision if asked is None else _corrected(situation, kind, asked, say))
     return replace(situation, decisions=tuple(decisions))
+
+
+def _corrected(situation: Situation, kind: int, asked: Asked, say: Voice) -> Decision:
+    try:
+        return decision_for(situation, kind, asked)
+    except ValueError as fault:
+        say.warning(f"{fault}; SGLang's own configuration is served")
+        return replace(situation.decisions[kind], outcome=Outcome.NO_LOOKUP, reason=str(fault), workload=None)
 
 
 def _known(situation: Situation, kind: int, options: MoefixOptions, home: Path, say: Voice) -> Asked | None:
@@ -176,7 +178,7 @@ SHELLS = ("text_config", "llm_config", "language_config")
 
 
 def few_layers(model: Model, flags: ServerFlags, release: str) -> dict[str, Any]:
-    """Overrides of config.json that leave the first layers only, as many as reach an MoE layer; {} to leave it as it is.
+    """Overrides of config.json that leave the first layers only, up to an MoE layer; {} to leave it as it is.
 
     SGLang 0.4.9 replaces a nested object as a whole, and no release merges two levels deep.
     """
@@ -324,7 +326,7 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def _conversation(server: _Server, situation: Situation, limit: float) -> Answer:
-    """Read the log until it has an answer. A server that is ready has served its warm-up, so it has looked or never will."""
+    """Read the log until it has an answer: a server that is ready has served its warm-up, so it never will look."""
     seen, settles, end = Seen(), float("inf"), time.monotonic() + limit
     while (now := time.monotonic()) < end:
         if now >= settles:

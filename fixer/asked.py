@@ -201,7 +201,9 @@ def decision_for(situation: Situation, kind: int, asked: Asked) -> Decision:
     decision, card, tree = situation.decisions[kind], situation.cards[kind][0], situation.tree
     if not asked.gate_up:
         reason = f"SGLang, when asked, looked for no MoE file{': ' + asked.ran if asked.ran else ''}"
-        return replace(decision, outcome=Outcome.NO_LOOKUP, kernel=asked.ran or decision.kernel, reason=reason)
+        return replace(
+            decision, outcome=Outcome.NO_LOOKUP, kernel=asked.ran or decision.kernel, reason=reason, workload=None
+        )
     if decision.workload is not None and tree.file_name(decision.workload, card, Projection.GATE_UP) == asked.gate_up:
         reason = f"SGLang, when asked, looked for {asked.gate_up}, as worked out"
         return replace(decision, outcome=Outcome.ASKS, reason=reason)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from fixer.asked import question_of, record_path
+from fixer.asked import find, question_of, record_path
 from fixer.decide import Outcome
 from fixer.flags import ServerFlags
 from fixer.install import Installation
@@ -29,8 +29,10 @@ def relay_settings(
         state: this process's state file.
     """
     question = question_of(situation, 0)
+    asked, _ = find(home, question)
+    known = ((asked.gate_up, asked.down),) if asked is not None and asked.gate_up else ()
     return Settings(
-        expected=expectation(situation, installations),
+        expected=expectation(situation, installations, known),
         card=situation.cards[0][0].name,
         quiet=quiet,
         state=str(state),
@@ -39,8 +41,14 @@ def relay_settings(
     )
 
 
-def expectation(situation: Situation, installations: Sequence[Installation]) -> Expected:
-    """What SGLang's log should say. SGLang names its files after the first card, which is of the first kind."""
+def expectation(
+    situation: Situation, installations: Sequence[Installation], known: tuple[tuple[str, str], ...] = ()
+) -> Expected:
+    """What SGLang's log should say. SGLang names its files after the first card, which is of the first kind.
+
+    Args:
+        known: names that are on record already, whether moefix could tune for them or not.
+    """
     first, flags, tree = situation.decisions[0], situation.flags, situation.tree
     reads_down = tree.reads_down_file
     names = tuple(
@@ -51,7 +59,7 @@ def expectation(situation: Situation, installations: Sequence[Installation]) -> 
     )
     return Expected(
         pairs=tuple((str(each.gate_up_path), str(each.down_path) if reads_down else "") for each in installations),
-        names=names,
+        names=(*names, *known),
         reads_down=reads_down,
         asks=first.outcome in LOOKS,
         reason=first.reason,

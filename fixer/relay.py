@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import select
@@ -42,13 +43,19 @@ from fixer.sglang_log import LogLine, Said
 from fixer.verdict import PASSING, Expected, Outcome, Watch
 
 PIECE = 1 << 16
-"""Most bytes of one read: a pipe's whole buffer."""
+"""Most bytes of one read."""
+
+PIPE_BYTES = 1 << 20
+"""Size of the server's pipes, the most that Linux lets anybody have by default."""
 
 LINE_CAP = 1 << 16
 """Of a longer line only the end is looked at, in bytes. SGLang's longest, its arguments, has some 12 KiB."""
 
 FRAME_CAP = 1000
 """Bytes that are kept of a line for the frames above an error."""
+
+FLOOD_SECONDS = 0.25
+"""After so long without a pause the log is not read along until there is one: tens of MB, no log of SGLang's."""
 
 PATIENCE = 0.3
 """Seconds that moefix's own words wait for the server to end its line."""
@@ -103,7 +110,7 @@ def start_relay(settings: Settings) -> bool:
     """
     try:
         streams = [1] if _same_file(1, 2) else [1, 2]
-        pipes = [os.pipe() for _ in streams]
+        pipes = [_pipe() for _ in streams]
     except OSError:
         return False  # closed, or no file descriptors left: the server is better off as it is
     try:
@@ -116,6 +123,13 @@ def start_relay(settings: Settings) -> bool:
         for pipe in pipes:
             for end in pipe:
                 os.close(end)
+
+
+def _pipe() -> tuple[int, int]:
+    reader, writer = os.pipe()
+    with contextlib.suppress(OSError):  # a user with many pipes gets smaller ones
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    return reader, writer
 
 
 def _same_file(one: int, other: int) -> bool:
@@ -251,6 +265,7 @@ class Relay:
         self._words_since = 0.0
         self._notes: list[dict[str, Any]] = []
         self._clerk = 0
+        self._paused = time.monotonic()
 
     def run(self, sign: int) -> None:
         """Work until the server's output ends."""
@@ -343,7 +358,11 @@ class Relay:
             wait(self._peer.fileno(), select.POLLIN, self._lost_standby)
         elif time.monotonic() >= self._retry:
             self._have_standby()
-        for descriptor, _ in poll.poll(self._timeout()):
+        there = poll.poll(0)
+        if not there:
+            there = poll.poll(self._timeout())
+            self._paused = time.monotonic()
+        for descriptor, _ in there:
             waiting[descriptor]()
         self._news()
         self._speak()
@@ -372,6 +391,9 @@ class Relay:
     def _pass_on(self, stream: Stream) -> None:
         data = stream.read()
         stream.put(data)
+        if time.monotonic() - self._paused > FLOOD_SECONDS:
+            stream.carry = b""
+            return
         self._read_along(stream, stream.lines(data) if data else [stream.carry])
 
     # --- reading along ---
