@@ -40,7 +40,7 @@ from typing import Any
 from fixer import diagnose, sglang_log
 from fixer.diagnose import Diagnosis, Finding
 from fixer.sglang_log import LogLine, Said
-from fixer.verdict import PASSING, Expected, Outcome, Watch
+from fixer.verdict import HARMLESS, PASSING, Expected, Watch
 
 PIECE = 1 << 16
 """Most bytes of one read."""
@@ -435,7 +435,7 @@ class Relay:
         if verdict is None:
             return
         self._tell(verdict=verdict.outcome.name)
-        if not (self._settings.quiet and verdict.outcome in (Outcome.TAKEN, Outcome.AS_EXPECTED)):
+        if not (self._settings.quiet and verdict.outcome in HARMLESS):
             self._say(verdict.text)
         self._notes.append({"verdict": verdict.text})
         if verdict.asked is not None and verdict.outcome not in PASSING:

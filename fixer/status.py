@@ -147,6 +147,7 @@ class Board:
         self.path = state_path(home, self.status.host, self.status.pid)
         self._now = now
         self._written = float("-inf")
+        current_states(home)  # removes what is old
         self._write()
 
     def update(self, **changes: Any) -> None:

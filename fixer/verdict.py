@@ -36,8 +36,11 @@ class Outcome(Enum):
     ENDED = "the server ended first"
 
 
-PASSING = (Outcome.NOT_YET, Outcome.UNSEEN)
+PASSING = (Outcome.NOT_YET, Outcome.UNSEEN, Outcome.PARTLY)
 """Outcomes that a later line may replace."""
+
+HARMLESS = (Outcome.NOT_YET, Outcome.UNSEEN, Outcome.TAKEN, Outcome.AS_EXPECTED, Outcome.ENDED)
+"""Outcomes that are no warning."""
 
 
 @dataclass(frozen=True)
