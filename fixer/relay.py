@@ -259,6 +259,7 @@ class Relay:
         self._settings = settings
         self._watch = Watch(settings.expected)
         self._diagnosis = Diagnosis()
+        self._markers = _MARKERS + (sglang_log.SERVED_MARKERS if settings.expected.lazy else ())
         self._peer: socket.socket | None = None
         self._retry = 0.0
         self._words: list[str] = []
@@ -400,11 +401,11 @@ class Relay:
 
     def _read_along(self, stream: Stream, lines: list[bytes]) -> None:
         whole = b"\n".join(lines)
-        if not any(marker in whole for marker in _MARKERS):
+        if not any(marker in whole for marker in self._markers):
             stream.recent.extend(line[:FRAME_CAP] for line in lines[-diagnose.FRAMES :])
             return
         for line in lines:
-            if any(marker in line for marker in _MARKERS):
+            if any(marker in line for marker in self._markers):
                 self._look_at(line[-LINE_CAP:].decode("utf-8", "replace"), stream.recent)
             stream.recent.append(line[:FRAME_CAP])
 

@@ -43,8 +43,11 @@ class LogLine:
     facts: tuple[tuple[str, str], ...] = ()
 
 
-MARKERS = (b"MoE", b"fired up", b"server_args=", b"Decode batch", b'" 200')
+MARKERS = (b"MoE", b"fired up", b"server_args=", b"Deterministic inf")
 """A line without any of these says nothing that counts: looked for in whole pieces of the log, since that is cheap."""
+
+SERVED_MARKERS = (b"Decode batch", b'" 200')
+"""The same for SERVED, which counts only where the server was ready before it had run the model."""
 
 LONGEST_PATH = 4096
 
