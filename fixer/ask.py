@@ -331,12 +331,14 @@ def _conversation(server: _Server, situation: Situation, limit: float) -> Answer
     while (now := time.monotonic()) < end:
         if now >= settles:
             return _answer(seen, situation)
-        for text in server.lines(min(end, settles) - now):
+        over = server.process.poll() is not None  # its children may hold the pipe open
+        texts = server.lines(0.0 if over else min(end, settles, now + 0.5) - now)
+        for text in texts:
             line = read_line(text)
             before, seen = seen, seen.plus(line) if line is not None else seen
             if seen != before and (seen.looked or seen.deterministic or seen.ready):
                 settles = time.monotonic() + SETTLING_SECONDS
-        if server.ended:
+        if server.ended or (over and not texts):
             if seen.looked or seen.deterministic:
                 return _answer(seen, situation)
             raise _ended(server)

@@ -238,7 +238,7 @@ def states(home: Path) -> tuple[Status, ...]:
         for path in (home / "run").glob("*.json"):
             with contextlib.suppress(OSError, ValueError):
                 found.append(Status.from_json(read_bounded(path)))
-    return tuple(sorted(found, key=lambda status: status.updated, reverse=True))
+    return tuple(sorted(found, key=lambda status: (status.updated, status.started), reverse=True))
 
 
 # --- reading them ----------------------------------------------------------------------------------------------------
