@@ -20,6 +20,7 @@ Writes OUT/verdicts.json and a log for each start; exits 1 where a scenario did 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -207,10 +208,8 @@ def text_of(log: Path) -> str:
 def end(process: subprocess.Popen[bytes]) -> int | None:
     """Kill the server and all its processes; the code with which it had ended before, None if it ran."""
     code = process.poll()
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
     until = time.monotonic() + 20
     while time.monotonic() < until:

@@ -428,7 +428,7 @@ class Relay:
         self._tell(fault=Diagnosis.kind(finding))
         installed = bool(self._settings.expected.pairs)
         for text in finding.explain(self._settings.card, installed=installed):
-            self._say(text)
+            self._say(_printable(text))
 
     def _news(self) -> None:
         """Say a verdict that is due."""
@@ -436,9 +436,10 @@ class Relay:
         if verdict is None:
             return
         self._tell(verdict=verdict.outcome.name)
+        text = _printable(verdict.text)
         if not (self._settings.quiet and verdict.outcome in HARMLESS):
-            self._say(verdict.text)
-        self._notes.append({"verdict": verdict.text})
+            self._say(text)
+        self._notes.append({"verdict": text})
         if verdict.asked is not None and verdict.outcome not in PASSING:
             self._notes.append({"asked": verdict.asked})
 
@@ -505,6 +506,11 @@ class Relay:
             os.close(target)
         if self._peer is not None:
             self._peer.close()
+
+
+def _printable(text: str) -> str:
+    """What the log says of paths, on one line, of bearable length, and harmless to a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:2000])
 
 
 def _keep(settings: Settings, note: Mapping[str, Any]) -> None:

@@ -181,7 +181,7 @@ def test_other_errors(text, fault, words):
     "text",
     [
         "WARNING - autotuner.py:485 - flashinfer.jit: [Autotuner]: Skipping tactic <MoERunner> 15, due to failure "
-        "while profiling: [TensorRT-LLM][ERROR] Assertion failed: Failed to initialize cutlass TMA WS grouped gemm. Error",
+        "while profiling: [TensorRT-LLM][ERROR] Assertion failed: Failed to initialize cutlass TMA WS grouped gemm.",
         "[2026-11-24 07:00:00] Ignore import error when loading sglang.srt.models.x: No module named 'helion'",
         "a user asks: what does out of resource mean?",
         "",
