@@ -199,13 +199,14 @@ def decision_for(situation: Situation, kind: int, asked: Asked) -> Decision:
     from fixer.workload import Projection
 
     decision, card, tree = situation.decisions[kind], situation.cards[kind][0], situation.tree
+    how = "at an earlier start" if asked.source == "log" else "when asked"
     if not asked.gate_up:
         reason = f"SGLang, when asked, looked for no MoE file{': ' + asked.ran if asked.ran else ''}"
         return replace(
             decision, outcome=Outcome.NO_LOOKUP, kernel=asked.ran or decision.kernel, reason=reason, workload=None
         )
     if decision.workload is not None and tree.file_name(decision.workload, card, Projection.GATE_UP) == asked.gate_up:
-        reason = f"SGLang, when asked, looked for {asked.gate_up}, as worked out"
+        reason = f"SGLang looked for {asked.gate_up} {how}, as worked out"
         return replace(decision, outcome=Outcome.ASKS, reason=reason)
     base = decision.workload or layer_workload(situation.model, situation.flags, card, tree.version)
     if base is None:
@@ -213,6 +214,5 @@ def decision_for(situation: Situation, kind: int, asked: Asked) -> Decision:
     workload = workload_of_name(asked.gate_up, base)
     if tree.file_name(workload, card, Projection.GATE_UP) != asked.gate_up:
         raise ValueError(f"SGLang asked for {asked.gate_up}, which is no file for {card.name}")
-    how = "at an earlier start" if asked.source == "log" else "when asked"
     reason = f"SGLang looked for {asked.gate_up} {how}; tuning exactly that"
     return replace(decision, outcome=Outcome.ASKS, kernel=TRITON, reason=reason, workload=workload)
