@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -401,6 +402,24 @@ def test_an_error_is_explained_after_its_line():
     assert "147456 bytes" in line
     assert "RTX has 101376" in line
     assert err.decode().count("A MoE file cures that") == 1
+
+
+# --- on a terminal ---------------------------------------------------------------------------------------------------
+
+
+def test_on_a_terminal():
+    """One pipe for both, every byte and the exit code; the terminal turns line ends into its own."""
+    program = "import os, sys; os.write(1, b'one\\n'); os.write(2, b'two\\n'); sys.exit(9)"
+    leader, follower = os.openpty()
+    server = Server(program, stdout=follower, stderr=follower)
+    os.close(follower)
+    assert server.process.wait(60) == 9
+    got = b""
+    with contextlib.suppress(OSError):  # EIO once nobody has the terminal open any more
+        while piece := os.read(leader, 1024):
+            got += piece
+    os.close(leader)
+    assert got == b"one\r\ntwo\r\n"
 
 
 # --- where there can be no relay -------------------------------------------------------------------------------------
