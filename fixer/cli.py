@@ -363,8 +363,8 @@ def serve_command(*, arguments: tuple[str, ...]) -> None:
     """Tune what is not yet tuned, then become the SGLang server with exactly these flags.
 
     moefix's own options: --moefix-skip-tune, --moefix-skip-download, --moefix-fresh, --moefix-strict, --moefix-quiet,
-    --moefix-dry-run, --moefix-smem-limit BYTES, --moefix-home DIR, --moefix-sglang-root DIR, each also as a variable
-    (MOEFIX_HOME ...).
+    --moefix-dry-run, --moefix-ask, --moefix-smem-limit BYTES, --moefix-home DIR, --moefix-sglang-root DIR, each also as
+    a variable (MOEFIX_HOME ...).
     """
     from fixer.serve import serve
 

@@ -29,8 +29,8 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class ServerFlags:
-    """The part of SGLang's server arguments that decides the MoE kernel's shapes, number format and rows, and which
-    files of the model are loaded from where.
+    """The part of SGLang's server arguments that decides the MoE kernel's shapes, number format and rows; which files
+    of the model are loaded from where; and where the server is to be found and what it logs.
 
     Attributes are named as SGLang's own fields; None (or "") is "not given", so that SGLang's default of the release
     in question applies.
@@ -79,6 +79,12 @@ class ServerFlags:
     enable_deepep_moe: bool = False
     kt_num_gpu_experts: int | None = None
     trust_remote_code: bool = False
+    host: str = "127.0.0.1"
+    port: int = 30000
+    ssl_certfile: str | None = None
+    log_level: str = "info"
+    skip_server_warmup: bool = False
+    nnodes: int = 1
     model_overrides: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
     unread: tuple[str, ...] = ()
 
@@ -151,6 +157,12 @@ OPTIONS: tuple[Option, ...] = (
     _option("enable_deepep_moe", Kind.SWITCH),
     _option("kt_num_gpu_experts", Kind.NATURAL),
     _option("trust_remote_code", Kind.SWITCH),
+    _option("host", Kind.TEXT),
+    _option("port", Kind.NATURAL),
+    _option("ssl_certfile", Kind.TEXT),
+    _option("log_level", Kind.TEXT),
+    _option("skip_server_warmup", Kind.SWITCH),
+    _option("nnodes", Kind.COUNT),
     Option("model_overrides", Kind.OBJECT, ("--json-model-override-args",)),
     Option("config", Kind.TEXT, ("--config",)),
     Option("cuda_graph_config", Kind.UNREAD, ("--cuda-graph-config",)),
@@ -171,7 +183,7 @@ _DTYPES: Mapping[str, str] = {
 }
 
 # SGLang compares these in lower case (model_config.py:1427, load_config.py:103), and its choices are lower case.
-_LOWER_CASE = frozenset({"quantization", "moe_runner_backend", "moe_a2a_backend", "load_format"})
+_LOWER_CASE = frozenset({"quantization", "moe_runner_backend", "moe_a2a_backend", "load_format", "log_level"})
 
 
 def parse_flags(argv: Sequence[str]) -> ServerFlags:

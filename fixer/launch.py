@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from fixer.errors import SGLangError, UsageError
+from fixer.relay import Settings, start_relay
 
 _PREFIX = "--moefix"
-_SWITCHES = ("skip-tune", "fresh", "strict", "quiet", "dry-run", "skip-download")
+_SWITCHES = ("skip-tune", "fresh", "strict", "quiet", "dry-run", "skip-download", "ask")
 _VALUES = ("smem-limit", "home", "sglang-root")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 
@@ -39,6 +40,7 @@ class MoefixOptions:
         quiet: print warnings and errors only.
         dry_run: say what would be done, and do not start the server.
         skip_download: leave the weights' download to SGLang.
+        ask: ask SGLang itself which file it will look for, where that is not known from an earlier start.
     """
 
     skip_tune: bool = False
@@ -50,6 +52,7 @@ class MoefixOptions:
     quiet: bool = False
     dry_run: bool = False
     skip_download: bool = False
+    ask: bool = False
 
 
 def split_flags(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> tuple[MoefixOptions, tuple[str, ...]]:
@@ -122,6 +125,7 @@ def _options(given: Mapping[str, str]) -> MoefixOptions:
         quiet=_switch(given, "quiet"),
         dry_run=_switch(given, "dry-run"),
         skip_download=_switch(given, "skip-download"),
+        ask=_switch(given, "ask"),
     )
 
 
@@ -159,12 +163,13 @@ def server_command(argv: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "sglang.launch_server", *argv]
 
 
-def become_server(argv: Sequence[str], env: Iterable[tuple[str, str]] = ()) -> NoReturn:
+def become_server(argv: Sequence[str], env: Iterable[tuple[str, str]] = (), relay: Settings | None = None) -> NoReturn:
     """Replace this process by the SGLang server: same process id, so signals and exit code are the server's own.
 
     Args:
         argv: SGLang's flags.
         env: environment variables to add; all else stays as it is.
+        relay: what the process that reads along in the server's output is told; None for none.
 
     Raises:
         SGLangError: there is no SGLang for this Python, or the server cannot be started.
@@ -176,6 +181,10 @@ def become_server(argv: Sequence[str], env: Iterable[tuple[str, str]] = ()) -> N
         # What Python still holds would be lost with this program. A reader that is gone is no reason not to serve.
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
+    if relay is not None:
+        # Python holds back what it prints into a pipe, though not what it prints on a terminal.
+        environment.update({"PYTHONUNBUFFERED": "1"} if _on_terminal(1) else {})
+        start_relay(relay)
     try:
         os.execve(command[0], command, environment)  # noqa: S606 (a list of arguments, and no shell is the point)
     except (OSError, ValueError) as fault:
@@ -183,6 +192,13 @@ def become_server(argv: Sequence[str], env: Iterable[tuple[str, str]] = ()) -> N
             f"the server cannot be started with {command[0]}: {fault}",
             "Check that this Python is still in its place, and that no flag holds a zero byte.",
         ) from fault
+
+
+def _on_terminal(descriptor: int) -> bool:
+    try:
+        return os.isatty(descriptor)
+    except OSError:
+        return False
 
 
 def _require_sglang(environment: Mapping[str, str]) -> None:

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from fixer.ask import as_asked
 from fixer.baked import find_kept, is_baked, with_baked_command
 from fixer.download import downloading
 from fixer.errors import MoefixError
 from fixer.install import Installation, Pair, install_pair
 from fixer.launch import MoefixOptions, become_server, split_flags
-from fixer.progress import terminal_progress
+from fixer.progress import Progress, terminal_progress
+from fixer.proof import relay_settings, server_url
 from fixer.situation import TUNABLE, Situation, look_around
+from fixer.status import Board, OnBoard, Phase, told
 from fixer.store import Artefact, Decision, data_home, save_artefact
 from fixer.workload import Workload
 
@@ -30,11 +33,20 @@ def serve(argv: Sequence[str]) -> NoReturn:
             and an error only with --moefix-strict.
     """
     options, server_flags = split_flags(with_baked_command(argv))
-    say = Voice(quiet=options.quiet)
     home = data_home(options.home)
+    with told(Board(home)) as board:
+        serve_told(server_flags, options, home, board)
+    raise AssertionError("serving returned")
+
+
+def serve_told(server_flags: Sequence[str], options: MoefixOptions, home: Path, board: Board) -> NoReturn:
+    """The same, with everything that others may want to know of it on a board."""
+    say = Voice(quiet=options.quiet, board=board)
     situation = look_around(server_flags, home=home, sglang_root=options.sglang_root, smem_limit=options.smem_limit)
+    board.update(model=situation.model.name, revision=situation.model.revision or "")
     skip = options.skip_download or options.dry_run
-    with downloading(situation.model, situation.flags, home, say, skip=skip) as download:
+    with downloading(situation.model, situation.flags, home, say, board, skip=skip) as download:
+        situation = as_asked(situation, server_flags, options, home, say)
         installations = prepare(situation, options, home, say)
         download.wait()
     environment = {name: value for installation in installations for name, value in installation.env}
@@ -43,7 +55,10 @@ def serve(argv: Sequence[str]) -> NoReturn:
         sys.exit(0)
     if "fixer.compile_pool" in sys.modules:
         sys.modules["fixer.compile_pool"].end_helpers()
-    become_server(server_flags, environment.items())
+    files = [name for each in installations for name in (each.gate_up_path.name, each.down_path.name)]
+    board.update(phase=Phase.SERVING, detail="SGLang is starting", files=tuple(files), url=server_url(situation.flags))
+    relay = relay_settings(situation, installations, home, board.path, quiet=options.quiet)
+    become_server(server_flags, environment.items(), relay)
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,7 @@ class Voice:
     """What moefix says on standard error; `quiet` leaves only warnings."""
 
     quiet: bool = False
+    board: Board | None = None
 
     def line(self, text: str) -> None:
         """Something that is good to know."""
@@ -60,6 +76,10 @@ class Voice:
     def warning(self, text: str) -> None:
         """Something that must be known."""
         print(f"moefix: {text}", file=sys.stderr, flush=True)
+
+    def follow(self, progress: Progress) -> Progress:
+        """Have the board show a piece of work's progress too."""
+        return progress if self.board is None else OnBoard(progress, self.board)
 
 
 def prepare(situation: Situation, options: MoefixOptions, home: Path, say: Voice) -> list[Installation]:
@@ -150,7 +170,7 @@ def tune_kind(situation: Situation, kind: int, wish: Wish, home: Path, say: Voic
         layer_package=importable_package(situation),
     )
     with terminal_progress(quiet=say.quiet) as progress:
-        tuned = tune(job, progress)
+        tuned = tune(job, say.follow(progress))
     for note in tuned.notes:
         say.warning(note)
     save_artefact(home, tuned.artefact)
@@ -239,6 +259,7 @@ def tune_only(
     home = data_home(options.home)
     argv = with_baked_command(argv)
     situation = look_around(argv, home=home, sglang_root=options.sglang_root, smem_limit=options.smem_limit)
+    situation = as_asked(situation, argv, options, home, say)
     artefacts = []
     for kind, decision in enumerate(situation.decisions):
         card = situation.cards[kind][0]

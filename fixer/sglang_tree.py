@@ -131,7 +131,7 @@ class TuningFile:
 
 
 _FILE_NAME = re.compile(
-    r"E=(?P<E>\d+),N=(?P<N>\d+),device_name=(?P<device>[^,]+)(,dtype=(?P<dtype>\w+?))?"
+    r"E=(?P<E>\d+),N=(?P<N>\d+),device_name=(?P<device>[^,]+?)(,dtype=(?P<dtype>\w+?))?"
     r"(,block_shape=\[(?P<bn>\d+), ?(?P<bk>\d+)\])?(?P<channel>,per_channel_quant=True)?(?P<down>_down)?\.json"
 )
 
@@ -300,6 +300,50 @@ class Tree:
 
 
 _FORMATS = {number_format.value for number_format in NumberFormat}
+
+_WEIGHT_ONLY = (NumberFormat.INT4_W4A16, NumberFormat.INT8_W8A16)
+
+MOST_SHARED = 4
+"""More shared experts than this are fused into no model; a larger difference in E has another cause."""
+
+
+def workload_of_name(name: str, base: Workload) -> Workload:
+    """The layer that a tuning file's name speaks of.
+
+    Args:
+        name: a gate-up file's name, as SGLang asked for it.
+        base: the layer that the rules worked out, for what a name does not say: hidden size, experts a token, groups.
+
+    Raises:
+        ValueError: it is no such name, or its number format is one that moefix cannot tune.
+    """
+    match = _FILE_NAME.fullmatch(name)
+    if match is None or match["down"]:
+        raise ValueError(f"{name[:120]!r} is no name of a gate-up file that moefix can read")
+    if (match["dtype"] or "none") not in _FORMATS - {NumberFormat.FLOAT32.value}:
+        raise ValueError(f"moefix cannot tune the number format {match['dtype']} of {name[:120]}")
+    number_format = NumberFormat(match["dtype"] or "none")
+    if number_format in _WEIGHT_ONLY and base.number_format is not number_format:
+        raise ValueError(f"{name[:120]} does not say the group size of its {number_format.value} weights")
+    experts, width = int(match["E"][:9]), int(match["N"][:9])
+    if not (1 <= experts <= 1 << 16 and 1 <= width <= 1 << 20):
+        raise ValueError(f"{name[:120]} has sizes that no layer has")
+    keeps_groups = number_format in _WEIGHT_ONLY
+    fused = experts - base.experts if abs(experts - base.experts) <= MOST_SHARED else 0
+    whole = base.experts * base.ep_size
+    return replace(
+        base,
+        experts=experts,
+        intermediate=width,
+        # Fused shared experts count twice: as experts, and as one choice of every token each.
+        top_k=min(max(1, base.top_k + fused), experts if base.ep_size == 1 else whole),
+        ep_size=base.ep_size if fused or whole % experts else whole // experts,
+        number_format=number_format,
+        block_shape=(int(match["bn"][:6]), int(match["bk"][:6])) if match["bn"] else None,
+        per_channel_quant=bool(match["channel"]),
+        group_size=base.group_size if keeps_groups else 0,
+        has_zero_points=base.has_zero_points and keeps_groups,
+    )
 
 
 def _triton_folder(triton: str) -> str:

@@ -46,7 +46,7 @@ def data_home(chosen: Path | None = None, environ: Mapping[str, str] = os.enviro
     Raises:
         StoreError: the folder cannot be made or written.
     """
-    home = _wanted_home(chosen, environ)
+    home = wanted_home(chosen, environ)
     make_folder(home)
     try:
         with tempfile.TemporaryFile(dir=home):
@@ -56,7 +56,12 @@ def data_home(chosen: Path | None = None, environ: Mapping[str, str] = os.enviro
     return home
 
 
-def _wanted_home(chosen: Path | None, environ: Mapping[str, str]) -> Path:
+def wanted_home(chosen: Path | None, environ: Mapping[str, str]) -> Path:
+    """The data folder as `data_home` has it, neither made nor checked.
+
+    Raises:
+        StoreError: this user has no home folder, and no other folder is named.
+    """
     try:
         if chosen or environ.get("MOEFIX_HOME"):
             return Path(chosen or environ["MOEFIX_HOME"]).expanduser().absolute()

@@ -42,11 +42,12 @@ def test_environment_variables_count_where_no_flag_does():
 
 
 def test_every_option_has_both_spellings():
-    flags = [f"--moefix-{name}" for name in ("skip-tune", "fresh", "strict", "quiet", "dry-run", "skip-download")]
+    switches = ("skip-tune", "fresh", "strict", "quiet", "dry-run", "skip-download", "ask")
+    flags = [f"--moefix-{name}" for name in switches]
     flags += ["--moefix-smem-limit=7", "--moefix-home=h", "--moefix-sglang-root=s"]
-    environ = {f"MOEFIX_{name}": "1" for name in ("SKIP_TUNE", "FRESH", "STRICT", "QUIET", "DRY_RUN", "SKIP_DOWNLOAD")}
+    environ = {"MOEFIX_" + name.upper().replace("-", "_"): "1" for name in switches}
     environ |= {"MOEFIX_SMEM_LIMIT": "7", "MOEFIX_HOME": "h", "MOEFIX_SGLANG_ROOT": "s"}
-    wanted = MoefixOptions(True, True, True, 7, Path("h"), Path("s"), True, True, True)
+    wanted = MoefixOptions(True, True, True, 7, Path("h"), Path("s"), True, True, True, True)
     assert split_flags(flags, {})[0] == split_flags([], environ)[0] == wanted
 
 
