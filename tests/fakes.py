@@ -264,7 +264,9 @@ def tune_small(job, progress=None, kernels: int = 24, factory=measure):
         mock.patch.object(card_runner, "CardRunner", partial(card_runner.CardRunner, factory=factory)),
         mock.patch.object(fixer.tune, "Search", partial(Search, limits=limits)),
     ):
-        return fixer.tune.tune(job, progress or Silent())
+        progress = progress or Silent()
+        with fixer.tune.turn(job.home, job.card, progress):
+            return fixer.tune.tune(job, progress)
 
 
 def tune_in_child(package: str, home: str) -> None:
