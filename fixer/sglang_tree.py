@@ -136,11 +136,13 @@ class Tree:
         package: the folder.
         version: SGLang's version ("0.5.17").
         triton: the Triton version that names the folder of tuning files.
+        ignored: tuning files to look past: they are bad and could not be moved away (`fixer.vet`).
     """
 
     package: Path
     version: str
     triton: str
+    ignored: frozenset[Path] = frozenset()
 
     @cached_property
     def configs(self) -> Path:
@@ -243,7 +245,8 @@ class Tree:
         return [self.triton_folder, *(folder for folder in others if folder != self.triton_folder)]
 
     def _find(self, name: str) -> Path | None:
-        return next((folder / name for folder in self._folders() if (folder / name).exists()), None)
+        paths = (folder / name for folder in self._folders())
+        return next((path for path in paths if path not in self.ignored and path.exists()), None)
 
     def _find_before_moefix(self, name: str) -> Path | None:
         for folder in self._folders():  # moefix may have tuned under an earlier Triton too
@@ -252,7 +255,7 @@ class Tree:
                 before = folder / name
             elif before.stat().st_size == 0:
                 continue  # there was no file of that name here, so SGLang went on to the other folders
-            if before.exists():
+            if before not in self.ignored and before.exists():
                 return before
         return None
 

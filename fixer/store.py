@@ -46,7 +46,7 @@ def data_home(chosen: Path | None = None, environ: Mapping[str, str] = os.enviro
     Raises:
         StoreError: the folder cannot be made or written.
     """
-    home = _wanted_home(chosen, environ)
+    home = wanted_home(chosen, environ)
     make_folder(home)
     try:
         with tempfile.TemporaryFile(dir=home):
@@ -56,7 +56,12 @@ def data_home(chosen: Path | None = None, environ: Mapping[str, str] = os.enviro
     return home
 
 
-def _wanted_home(chosen: Path | None, environ: Mapping[str, str]) -> Path:
+def wanted_home(chosen: Path | None = None, environ: Mapping[str, str] = os.environ) -> Path:
+    """Where the data folder is to be; nothing is made.
+
+    Raises:
+        StoreError: this user has no home folder, and none is named.
+    """
     try:
         if chosen or environ.get("MOEFIX_HOME"):
             return Path(chosen or environ["MOEFIX_HOME"]).expanduser().absolute()
@@ -280,12 +285,12 @@ def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def set_aside(path: Path, reason: str) -> Damaged:
+def set_aside(path: Path, reason: str, label: str = "damaged") -> Damaged:
     """Move a damaged file to `<name>.damaged-<UTC>` beside it, over no other file. Never raises, never deletes."""
     stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
     shown = reason if len(reason) <= 200 else reason[:197] + "..."
     for attempt in range(100):
-        target = path.with_name(f"{path.name}.damaged-{stamp}" + (f"-{attempt}" if attempt else ""))
+        target = path.with_name(f"{path.name}.{label}-{stamp}" + (f"-{attempt}" if attempt else ""))
         if os.path.lexists(target):
             continue
         try:

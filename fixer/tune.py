@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from fixer import __version__
 from fixer.compile_pool import AdaptiveDeadline, FixedDeadline
-from fixer.errors import MoefixError, SGLangError, TuneError
+from fixer.errors import CardError, MoefixError, SGLangError, TuneError
 from fixer.gpu import Card, occupancy
 from fixer.kernel import Candidate, Target, read_kernel_source
 from fixer.kernel_arguments import Product
@@ -24,7 +24,7 @@ from fixer.store import Artefact, Decision, Environment, Lock, RowChoice, earlie
 from fixer.tuning.finals import LEAST_GAIN, Duel, DuelRequest, KernelDuel, TilePair
 from fixer.tuning.journal import Journal, JournaledRunner, RunKey
 from fixer.tuning.process import ChildProcess, Fate, Handler
-from fixer.tuning.room import full_rotation, layer_room, needed_bytes, with_spare
+from fixer.tuning.room import full_rotation, layer_room, needed_bytes, rotations, with_spare
 from fixer.tuning.runner import Look, look_closer, run_rounds
 from fixer.tuning.search import Limits, Search
 from fixer.tuning.seeds import seeds
@@ -44,6 +44,12 @@ EXTRA_DUELS = 2
 
 LARGEST_L2 = 128 << 20
 """Bytes: no card has a larger L2 cache (B200: 126 MiB); which this one has is known to the measuring process only."""
+
+SMALLEST_L2 = 1 << 20
+"""Bytes: no card that Triton compiles for has less (Jetson)."""
+
+SECOND_LOOK_SECONDS = 1.5
+"""The driver's load is that of up to a second before."""
 
 CONTEXTS = 1 << 30
 """Bytes that two processes' CUDA contexts and libraries take on a card, about."""
@@ -176,6 +182,37 @@ def turn(home: Path, card: Card, progress: Progress) -> Lock:
             progress.note(f"another moefix is tuning on this volume ({holder}); waiting for it")
 
     return Lock(lock, waiting=say_who)
+
+
+def state_of_cards(job: Job) -> tuple[str, ...]:
+    """What else uses the cards, one line for each that is not free for measuring.
+
+    Raises:
+        CardError: so little memory is free that no layout of the weights fits (`tuning.room`).
+    """
+    lines: list[str] = []
+    for card in job.cards:
+        found = occupancy(card)
+        if found.is_busy:  # perhaps with the end of what another moefix did
+            time.sleep(SECOND_LOOK_SECONDS)
+            found = occupancy(card)
+        who = f"{card.name} (device {card.index or 0})"
+        if found.is_busy:
+            lines.append(
+                f"{who} is {found.busy_percent} % busy, held {found.held_by()}: its times will be less certain"
+            )
+        if found.free_mib is None:
+            continue
+        free, products = found.free_mib << 20, {p: Product(job.workload, p, job.rows[-1]) for p in BOTH}
+        state = f"{found.free_mib} of {card.memory_mib} MiB are free on {who}, which is held {found.held_by()}"
+        if rotations(products, SMALLEST_L2, free) is None:
+            raise CardError(f"Too little to tune: {state}.", "Stop what else uses the card, and try again.")
+        if (
+            with_spare(sum(needed_bytes(product, full_rotation(product, LARGEST_L2)) for product in products.values()))
+            > free
+        ):
+            lines.append(f"{state}: tuning takes smaller weights")
+    return tuple(lines)
 
 
 class _Session:

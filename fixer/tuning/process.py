@@ -20,6 +20,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from fixer.errors import MoefixError, TuneError
+from fixer.signals import deferred
 
 Handler = Callable[[Any], Any]
 Factory = Callable[[], Handler]
@@ -60,10 +61,10 @@ class ChildProcess:
             return  # one that died before it was ready is for `is_ready` to report, not to try again and again
         self.close()
         ours, theirs = self._context.Pipe()
-        self._process = self._context.Process(
-            target=_serve, args=(theirs, self._factory), daemon=True, name="moefix-measure"
-        )
-        self._process.start()
+        process = self._context.Process(target=_serve, args=(theirs, self._factory), daemon=True, name="moefix-measure")
+        with deferred():
+            process.start()
+            self._process = process
         theirs.close()
         self._pipe, self._is_ready, self._since = ours, False, time.monotonic()
         self.restarts += 1
