@@ -74,12 +74,24 @@ def home_or_passing(options: MoefixOptions, say: Voice) -> Path:
             raise
         say.warning(f"{fault.message}; nothing is kept for the next start. {fault.hint}")
         try:
-            passing = Path(tempfile.mkdtemp(prefix="moefix-"))
+            return passing_folder()
         except OSError as none:
             raise fault from none
-    # The server that this process becomes may need what is in it; whatever ends before that removes it.
-    atexit.register(shutil.rmtree, passing, ignore_errors=True)
-    return passing
+
+
+def passing_folder() -> Path:
+    """A folder that goes when this process ends, but not when it becomes the server, which may need what is in it.
+
+    Raises:
+        OSError: there is no place for one.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="moefix-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+SCRATCH_BYTES = 16 << 20
+"""What a plan's compiled kernels need of the data folder."""
 
 
 def prepare(situation: Situation, options: MoefixOptions, home: Path, say: Voice) -> list[Installation]:
@@ -273,8 +285,9 @@ def fitting_instead(situation: Situation, kind: int, home: Path, say: Voice) -> 
     card, workload = situation.cards[kind][0], situation.decisions[kind].workload
     assert workload is not None
     try:
+        scratch = home if shutil.disk_usage(home).free >= SCRATCH_BYTES else passing_folder()
         with CompileCache(home) as cache:
-            compiler = compiler_for(situation.tree, card, home, cache)
+            compiler = compiler_for(situation.tree, card, scratch, cache)
             vetted = vet(situation.tree, workload, card, situation.rows(kind), compiler)
             for bad in vetted.bad:
                 say.warning(str(bad))

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from fixer.errors import StoreError
+from fixer.compiled import is_lasting
+from fixer.errors import CompileError, StoreError
 from fixer.families import NEWEST, at_least
 from fixer.gpu import Card
 from fixer.install import parse_table
@@ -140,6 +141,8 @@ def _parts(choice: OwnChoice) -> tuple[tuple[Projection, Tile, str], ...]:
 
 
 def _complaint(compiled: Compiled, card: Card) -> str:
+    if compiled.outcome is not CompileOutcome.OK and not is_lasting(compiled):
+        raise CompileError(f"The compiler cannot be used here: {compiled.message or compiled.outcome.value}.")
     if compiled.outcome is not CompileOutcome.OK:
         return f"does not compile for this card: {compiled.message or compiled.outcome.value}"
     if compiled.shared_bytes > card.shared_memory:

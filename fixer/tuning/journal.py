@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from fixer.errors import StoreError
-from fixer.store import Environment, make_folder, set_aside, take_owner_of, utc_now
+from fixer.store import Environment, check_tile, make_folder, set_aside, take_owner_of, utc_now
 from fixer.workload import Projection, Tile, Workload
 
 from .runner import Look, More, Request, Runner
@@ -92,6 +92,7 @@ class Journal:
             database.execute("PRAGMA synchronous = OFF")
             database.executescript(_SCHEMA)
             self._check_columns(database)
+            self._check_rows(database)
             with database:
                 database.execute(
                     "INSERT OR IGNORE INTO runs VALUES (?, ?, ?, ?)",
@@ -109,6 +110,27 @@ class Journal:
             found = [row[1] for row in database.execute(f"PRAGMA table_info({table})")]
             if found != columns.split():
                 raise sqlite3.DatabaseError(f"malformed: the columns of {table} are not known")
+
+    def _check_rows(self, database: sqlite3.Connection) -> None:
+        """Values that moefix never writes make the whole file as good as damaged: who knows what else is wrong."""
+        builds = database.execute(
+            "SELECT projection, tile, outcome, shared_bytes, registers, spills, compile_seconds FROM builds"
+            " WHERE run = ?",
+            (self._run,),
+        )
+        timings = database.execute(
+            "SELECT projection, tile, tokens, replays, microseconds, least FROM timings WHERE run = ?", (self._run,)
+        )
+        try:
+            for projection, tile, outcome, *numbers in builds:
+                check_tile(_kernel(projection, tile).tile)
+                Outcome(outcome)
+                _check(all(0 <= number <= _LARGEST for number in numbers))
+            for projection, tile, tokens, replays, *times in timings:
+                check_tile(_kernel(projection, tile).tile)
+                _check(0 < tokens <= _LARGEST and 0 < replays <= _LARGEST and all(0 < t <= _LARGEST for t in times))
+        except (ValueError, TypeError, sqlite3.OperationalError) as error:
+            raise sqlite3.DatabaseError(f"malformed: a row of it makes no sense ({error})") from error
 
     def _unusable(self, error: Exception) -> StoreError:
         return StoreError(
@@ -206,6 +228,15 @@ class Journal:
                 Timing(_kernel(projection, tile), tokens, microseconds, least, replays)
                 for projection, tile, tokens, microseconds, least, replays in rows
             ]
+
+
+_LARGEST = 1e9
+"""No count, size or time in a journal comes near it, and NaN compares with nothing."""
+
+
+def _check(holds: bool) -> None:
+    if not holds:
+        raise ValueError("a number is absurd")
 
 
 def _kernel_key(kernel: Kernel) -> tuple[str, str]:
