@@ -67,7 +67,7 @@ class Journal:
         make_folder(path.parent)
         try:
             self._database = self._open()
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter: of SQLite's own complaint
             if isinstance(error, sqlite3.OperationalError) and "malformed" not in str(error):
                 raise self._unusable(error) from error
             self.notes = (str(set_aside(path, f"the journal is damaged: {error}")),)
@@ -77,7 +77,7 @@ class Journal:
                 set_aside(undo, "it belongs to a damaged journal")
             try:
                 self._database = self._open()
-            except sqlite3.Error as again:
+            except (sqlite3.Error, UnicodeDecodeError) as again:
                 raise self._unusable(again) from again
         with suppress(OSError):
             take_owner_of(path.parent, path)
@@ -85,7 +85,8 @@ class Journal:
     def _open(self) -> sqlite3.Connection:
         database = sqlite3.connect(self._path, timeout=30)
         try:
-            if database.execute("PRAGMA quick_check").fetchone() != ("ok",):
+            # The quick check leaves out indexes, and a row that its index does not know is not found again.
+            if database.execute("PRAGMA integrity_check").fetchone() != ("ok",):
                 raise sqlite3.DatabaseError("malformed: its own check fails")
             # Waiting for the disk at every trial would cost seconds. What was written outlives this process's death;
             # a power cut may damage the file, which is then set aside and measured anew.
