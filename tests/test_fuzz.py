@@ -21,16 +21,19 @@ from conftest import CASES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fixer.compiled import CompileCache
 from fixer.decide import decide
 from fixer.errors import MoefixError, StoreError
 from fixer.flags import parse_flags
 from fixer.gpu import find_card, known_cards
 from fixer.install import parse_table, read_pair, render_table
+from fixer.kernel import Candidate, Compiled, CompileOutcome, KernelSource, Target
 from fixer.ladder import ladder
 from fixer.model import load_model
 from fixer.status import Phase, Share, Status, states
 from fixer.store import (
     Artefact,
+    Damaged,
     Decision,
     Environment,
     RowChoice,
@@ -407,6 +410,31 @@ def test_journals(tmp_path, journal):
             assert aside.name in notes[0]
     names = {path.name.split(".damaged-")[0] for path in tmp_path.iterdir()}
     assert names <= {"journal.sqlite", "journal.sqlite-journal"}
+
+
+def test_what_was_compiled(tmp_path):
+    target = Target(KernelSource(tmp_path, "", "ab" * 32), 90, tmp_path)
+    candidates = [Candidate(LAYER, projection, tile) for projection in Projection for tile in (SMALL, LARGE)]
+    known = {candidate: Compiled(CompileOutcome.OK, 4096, 0.5) for candidate in candidates}
+    path, chance = tmp_path / "compiled.sqlite", random.Random(SEED + 9)
+    with CompileCache(tmp_path) as cache:
+        cache.keep(target, known)
+    good = path.read_bytes()
+
+    def use() -> tuple[Damaged, ...]:
+        with CompileCache(tmp_path) as cache:
+            for found in cache.find(target, candidates).values():
+                assert 0 <= found.shared_bytes <= 1 << 24
+            cache.keep(target, known)
+        return cache.damaged
+
+    for _ in range(400):
+        for stale in tmp_path.iterdir():
+            stale.unlink()
+        raw = mutated_bytes(good, chance)
+        path.write_bytes(raw)
+        for report in tried("what was compiled", use) or ():
+            assert report.kept_as.is_file()
 
 
 # --- states, cards, JSON ---------------------------------------------------------------------------------------------
