@@ -83,5 +83,9 @@ _TOKEN = re.compile(
 def told(error: BaseException, most: int = 300) -> str:
     """Somebody else's error in one line: its name and its first line, without tokens or unprintable characters."""
     first = next((line for line in str(error).splitlines() if line.strip()), "").strip()
-    text = f"{type(error).__name__}: {first}" if first else type(error).__name__
-    return "".join(c if c.isprintable() else " " for c in _TOKEN.sub("***", text))[:most]
+    return harmless(f"{type(error).__name__}: {first}" if first else type(error).__name__)[:most]
+
+
+def harmless(text: str) -> str:
+    """A text of somebody else's without tokens, passwords in addresses, and unprintable characters."""
+    return "".join(c if c.isprintable() else " " for c in _TOKEN.sub("***", text))

@@ -23,7 +23,7 @@ from enum import Enum
 from functools import cached_property
 from pathlib import Path
 
-from fixer.errors import SGLangError
+from fixer.errors import SGLangError, harmless
 from fixer.gpu import Card
 from fixer.workload import NumberFormat, Projection, Tile, Workload
 
@@ -510,7 +510,7 @@ def _download(release: Release, scratch: Path) -> Path:
     if result.returncode != 0 or len(wheels) != 1:
         lines = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["pip gave no reason"]
         raise SGLangError(
-            f"pip could not fetch SGLang {release.version}: {lines[-1].removeprefix('ERROR: ')}",
+            f"pip could not fetch SGLang {release.version}: {harmless(lines[-1].removeprefix('ERROR: '))}",
             "Check that PyPI is reachable (pip's own settings are used), or name a tree with --sglang-root.",
         )
     digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()

@@ -497,7 +497,7 @@ def test_a_bad_tuning_file_is_set_aside_before_the_server_starts(machine, how, w
     assert rest == before
 
 
-@pytest.mark.parametrize("how", TABLE_DAMAGE)
+@pytest.mark.parametrize("how", ["cut", "empty", "wrong types", "absurd tile", "too long", "nested"])
 def test_a_damaged_tuning_file_does_not_keep_from_tuning(machine, undisturbed, how):
     folder = machine.package / FOLDER
     folder.mkdir(exist_ok=True)
@@ -699,3 +699,25 @@ def test_no_token_anywhere(machine):
     for path in (*machine.home.rglob("*"), *machine.package.rglob("*")):
         if path.is_file():
             assert TOKEN.encode() not in path.read_bytes(), path
+
+
+NO_CAPABILITY = """
+import ctypes, os, sys
+for capability in range(64):
+    ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+def test_no_capability_is_needed(machine, undisturbed):
+    """As in `docker run --cap-drop ALL`: root without any of root's powers."""
+    if os.geteuid() != 0:
+        pytest.skip("this user has no capability anyway")
+    look = "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('CapEff')][0])"
+    without = [sys.executable, "-c", NO_CAPABILITY]
+    seen = subprocess.run([*without, "-c", look], capture_output=True, text=True, check=True)
+    assert int(seen.stdout, 16) == 0
+    command = [*without, str(TESTS / "fake_entry.py"), *machine.flags]
+    done = subprocess.run(command, env=machine.env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 41, done.stderr
+    assert machine.kept() == undisturbed

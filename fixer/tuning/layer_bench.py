@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fixer.errors import CardError, TuneError
+from fixer.errors import CardError, TuneError, told
 from fixer.kernel_arguments import Product, Role
 from fixer.sglang_layer import LayerWeights, OwnLayer
 from fixer.workload import Workload
@@ -109,6 +109,6 @@ def layer_handler(setup: LayerSetup) -> Handler:
         try:
             return bench.duel(request)
         except Exception as error:
-            raise TuneError(f"SGLang's layer failed at M={request.tokens}: {type(error).__name__}: {error}") from error
+            raise TuneError(f"SGLang's layer failed at M={request.tokens}: {told(error)}") from error
 
     return handle
