@@ -31,6 +31,8 @@ MAX_DEPTH = 64
 
 _MAX_DIGITS = 20
 _MAX_NAME = 4096
+_MAX_TEXT = 500
+_BAD_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 _CATALOGUE_FILE = Path(__file__).parent / "data" / "catalogue.json"
 
 _T = TypeVar("_T")
@@ -423,10 +425,19 @@ def _whole(digits: str) -> int:
     return int(digits)
 
 
+def _told(text: str) -> str:
+    """A text as a person may be shown it: no control characters for the terminal, no half characters, not endless."""
+    if len(text) <= _MAX_TEXT and text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else _BAD_CHARACTER for c in text[:_MAX_TEXT])
+
+
 def _frozen(value: Any) -> Any:
     """The same value, read-only all through; nesting is bounded before."""
     if isinstance(value, Mapping):
-        return MappingProxyType({str(key): _frozen(item) for key, item in value.items()})
+        return MappingProxyType({_told(str(key)): _frozen(item) for key, item in value.items()})
+    if isinstance(value, str):
+        return _told(value)
     return tuple(_frozen(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
@@ -450,7 +461,7 @@ def _overridden(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> Mapp
 def _architecture(config: Mapping[str, Any]) -> str:
     names = config.get("architectures")
     first = names[0] if isinstance(names, tuple) and names else None
-    if not isinstance(first, str) or not first or len(first) > 200 or not first.isprintable():
+    if not isinstance(first, str) or not first or len(first) > 200 or _BAD_CHARACTER in first:
         raise ModelError("config.json names no architecture", "is it the config of a language model?")
     return first
 

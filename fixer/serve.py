@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from fixer.ask import as_asked
 from fixer.baked import find_kept, is_baked, with_baked_command
 from fixer.download import downloading
-from fixer.errors import MoefixError
+from fixer.errors import MoefixError, StoreError, TuneError, told
 from fixer.install import Installation, Pair, install_pair
 from fixer.launch import MoefixOptions, become_server, split_flags
 from fixer.progress import Progress, terminal_progress
 from fixer.proof import relay_settings, server_url
+from fixer.sglang_tree import own_choices
 from fixer.situation import TUNABLE, Situation, look_around
-from fixer.status import Board, OnBoard, Phase, told
-from fixer.store import Artefact, Decision, data_home, save_artefact
+from fixer.status import Board, OnBoard, Phase, posted
+from fixer.store import Artefact, Decision, data_home, find_artefact, save_artefact
 from fixer.workload import Workload
 
 if TYPE_CHECKING:
-    from fixer.plan import Plan
+    from fixer.plan import CompileFunction, Plan
 
 
 def serve(argv: Sequence[str]) -> NoReturn:
@@ -33,8 +37,8 @@ def serve(argv: Sequence[str]) -> NoReturn:
             and an error only with --moefix-strict.
     """
     options, server_flags = split_flags(with_baked_command(argv))
-    home = data_home(options.home)
-    with told(Board(home)) as board:
+    home = home_or_passing(options, Voice(quiet=options.quiet))
+    with posted(Board(home)) as board:
         serve_told(server_flags, options, home, board)
     raise AssertionError("serving returned")
 
@@ -82,6 +86,39 @@ class Voice:
         return progress if self.board is None else OnBoard(progress, self.board)
 
 
+def home_or_passing(options: MoefixOptions, say: Voice) -> Path:
+    """The data folder; where it cannot be written a passing one, since a server is worth more than what is kept.
+
+    Raises:
+        StoreError: it cannot be written, and --moefix-strict is on, or there is no place for a passing one either.
+    """
+    try:
+        return data_home(options.home)
+    except StoreError as fault:
+        if options.strict:
+            raise
+        say.warning(f"{fault.message}; nothing is kept for the next start. {fault.hint}")
+        try:
+            return passing_folder()
+        except OSError as none:
+            raise fault from none
+
+
+def passing_folder() -> Path:
+    """A folder that goes when this process ends, but not when it becomes the server, which may need what is in it.
+
+    Raises:
+        OSError: there is no place for one.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="moefix-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+SCRATCH_BYTES = 16 << 20
+"""What a plan's compiled kernels need of the data folder."""
+
+
 def prepare(situation: Situation, options: MoefixOptions, home: Path, say: Voice) -> list[Installation]:
     """Have a tuned pair of files in SGLang's tree for each kind of card, where SGLang reads one."""
     installations = []
@@ -97,12 +134,22 @@ def prepare(situation: Situation, options: MoefixOptions, home: Path, say: Voice
             artefact = artefact_for(situation, kind, decision.workload, options, home, say)
             if artefact is not None:
                 installations.append(install(artefact, situation, home, say))
-        except MoefixError as error:
+        except Exception as error:  # foreseen or not: a server that starts is worth more than a tuning
             if options.strict:
-                raise
-            say.warning(f"{error.message} {error.hint}".strip())
+                raise foreseen(error) from error
+            fault = foreseen(error)
+            say.warning(f"{fault.message} {fault.hint}".strip())
+            artefact = None
+        if artefact is None:
             installations += fitting_instead(situation, kind, home, say)
     return installations
+
+
+def foreseen(error: Exception) -> MoefixError:
+    """The error itself, or one line for an error that nobody foresaw."""
+    if isinstance(error, MoefixError):
+        return error
+    return TuneError(f"Tuning ended with an error in moefix itself: {told(error)}.", "Please report that line.")
 
 
 def artefact_for(
@@ -129,7 +176,7 @@ def artefact_for(
         say.line(f"{whose} is not used: {'; '.join(found.mismatch.reasons)}")
     if options.skip_tune:
         return found.artefact
-    wish = Wish(with_rows_of(found.artefact, rows), fresh=options.fresh)
+    wish = Wish(with_rows_of(found.artefact, rows), fresh=options.fresh, known=found.artefact, must_keep=options.strict)
     return tune_kind(situation, kind, wish, home, say)
 
 
@@ -141,39 +188,61 @@ def with_rows_of(kept: Artefact | None, rows: Sequence[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Wish:
-    """What is to be measured: the rows; from scratch or not; the whole space or a search; recorded or not."""
+    """What is to be measured.
+
+    Attributes:
+        rows: every M.
+        fresh: from scratch.
+        exhaustive: the whole space, not a search.
+        record: where to write every time, None for nowhere.
+        known: the kept artefact that the caller looked at, if any: a newer one is another moefix's answer.
+        must_keep: an artefact that cannot be kept is an error.
+    """
 
     rows: tuple[int, ...]
     fresh: bool = False
     exhaustive: bool = False
     record: Path | None = None
+    known: Artefact | None = None
+    must_keep: bool = False
 
 
 def tune_kind(situation: Situation, kind: int, wish: Wish, home: Path, say: Voice) -> Artefact:
-    """Measure, and keep the result."""
+    """Measure, and keep the result; or take what another moefix on this volume has just measured."""
     from fixer.report import report_after_tuning
-    from fixer.tune import Job, geometric_gain, tune
+    from fixer.tune import Job, geometric_gain, state_of_cards, tune, turn
     from fixer.tuning.recording import write_recording
+    from fixer.vet import set_damaged_aside
 
     workload = situation.decisions[kind].workload
     assert workload is not None
-    job = Job(
-        tree=situation.tree,
-        workload=workload,
-        cards=situation.cards[kind],
-        rows=wish.rows,
-        model=situation.model.name,
-        revision=situation.model.revision or "",
-        home=home,
-        exhaustive=wish.exhaustive,
-        fresh=wish.fresh,
-        layer_package=importable_package(situation),
-    )
-    with terminal_progress(quiet=say.quiet) as progress:
-        tuned = tune(job, say.follow(progress))
+    card = situation.cards[kind][0]
+    with terminal_progress(quiet=say.quiet) as bars, turn(home, card, progress := say.follow(bars)):
+        finished = finished_meanwhile(situation, kind, wish, home)
+        if finished is not None:
+            say.line(f"another moefix has tuned this, on {finished.created}: nothing to measure")
+            return finished
+        vetted = set_damaged_aside(situation.tree, workload, card)
+        for bad in vetted.bad:
+            say.warning(str(bad))
+        job = Job(
+            tree=vetted.tree,
+            workload=workload,
+            cards=situation.cards[kind],
+            rows=wish.rows,
+            model=situation.model.name,
+            revision=situation.model.revision or "",
+            home=home,
+            exhaustive=wish.exhaustive,
+            fresh=wish.fresh,
+            layer_package=importable_package(situation),
+        )
+        for note in state_of_cards(job):
+            say.warning(note)
+        tuned = tune(job, progress)
+        keep(tuned.artefact, home, wish, say)
     for note in tuned.notes:
         say.warning(note)
-    save_artefact(home, tuned.artefact)
     if wish.record is not None:
         count = write_recording(wish.record, tuned.looks, tuned.timings)
         say.line(f"recorded {count} times in {wish.record}")
@@ -181,6 +250,27 @@ def tune_kind(situation: Situation, kind: int, wish: Wish, home: Path, say: Voic
     say.line("time: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in tuned.timeline.items()))
     say.line(report_after_tuning(home, tuned.artefact, situation.tree))
     return tuned.artefact
+
+
+def finished_meanwhile(situation: Situation, kind: int, wish: Wish, home: Path) -> Artefact | None:
+    """What another moefix kept while this one waited for its turn, if it has every row that is wished for."""
+    from fixer.tune import covers, environment_of
+
+    workload = situation.decisions[kind].workload
+    if workload is None or wish.fresh or wish.exhaustive or wish.record is not None:
+        return None
+    found = find_artefact(home, environment_of(situation.tree, situation.cards[kind][0]), workload).artefact
+    return found if found not in (None, wish.known) and covers(found, wish.rows) else None
+
+
+def keep(artefact: Artefact, home: Path, wish: Wish, say: Voice) -> None:
+    """Keep an artefact; where that fails it still serves this start, unless it must be kept."""
+    try:
+        save_artefact(home, artefact)
+    except StoreError as fault:
+        if wish.must_keep:
+            raise
+        say.warning(f"the tuning is used now and not kept: {fault.message}. {fault.hint}")
 
 
 def importable_package(situation: Situation) -> Path | None:
@@ -209,24 +299,60 @@ def install(artefact: Artefact, situation: Situation, home: Path, say: Voice) ->
 
 
 def fitting_instead(situation: Situation, kind: int, home: Path, say: Voice) -> list[Installation]:
-    """After a failed tuning: SGLang's own configuration where it fits the card, else one that was compiled to fit."""
-    from fixer.compiled import CompileCache
-    from fixer.plan import Verdict, compiler_for, make_plan
+    """Without a tuning: SGLang's own configuration where it fits the card, else one that was compiled to fit.
 
-    card = situation.cards[kind][0]
+    Whatever SGLang would read and could not run is moved aside first; where it cannot be, something is put before it.
+    """
+    from fixer.compiled import CompileCache
+    from fixer.plan import compiler_for
+    from fixer.vet import vet
+
+    card, workload = situation.cards[kind][0], situation.decisions[kind].workload
+    assert workload is not None
     try:
+        scratch = home if shutil.disk_usage(home).free >= SCRATCH_BYTES else passing_folder()
         with CompileCache(home) as cache:
-            compiler = compiler_for(situation.tree, card, home, cache)
-            plan = make_plan(situation.model, situation.flags, card, situation.tree, compiler)
-        pair = fitting_pair(plan) if plan.verdict is Verdict.OUT_OF_RESOURCES else None
+            compiler = compiler_for(situation.tree, card, scratch, cache)
+            vetted = vet(situation.tree, workload, card, situation.rows(kind), compiler)
+            for bad in vetted.bad:
+                say.warning(str(bad))
+            if vetted.fits and not vetted.is_stuck:
+                say.warning("serving with SGLang's own configuration, which fits this card")
+                return []
+            pair = safe_pair(replace(situation, tree=vetted.tree), kind, compiler, fits=bool(vetted.fits))
         if pair is None:
-            say.warning("serving with SGLang's own configuration, which fits this card")
+            say.warning("serving with SGLang's own configuration, which may not run: nothing is known to fit this card")
             return []
         say.warning("serving with a configuration that fits this card and was not measured")
-        return [install_pair(situation.tree.triton_folder, pair, home, situation.tree.version)]
-    except MoefixError as error:
-        say.warning(f"serving with SGLang's own configuration: {error.message}")
+        return [install_pair(vetted.tree.triton_folder, pair, home, vetted.tree.version)]
+    except Exception as error:  # as in `prepare`
+        say.warning(f"serving with SGLang's own configuration, which was not checked: {foreseen(error).message}")
         return []
+
+
+def safe_pair(situation: Situation, kind: int, compiler: CompileFunction, *, fits: bool) -> Pair | None:
+    """A pair of files that the card can run; None where there is none, or this release reads no pair.
+
+    Args:
+        fits: SGLang's own choices do: then they are written out, to stand before a file that could not be moved away.
+    """
+    from fixer.plan import make_plan
+
+    card, workload, tree = situation.cards[kind][0], situation.decisions[kind].workload, situation.tree
+    assert workload is not None
+    if not tree.reads_down_file:
+        return None
+    if not fits:
+        return fitting_pair(make_plan(situation.model, situation.flags, card, tree, compiler))
+    lookup = tree.lookup(workload, card)
+    choose = own_choices(tree, lookup, workload, card)
+    own = {tokens: choose(tokens) for tokens in situation.rows(kind)}
+    return Pair(
+        lookup.gate_up,
+        lookup.down,
+        {tokens: replace(choice.gate_up, use_tma=False) for tokens, choice in own.items()},
+        {tokens: choice.down for tokens, choice in own.items()},
+    )
 
 
 def fitting_pair(plan: Plan) -> Pair | None:
@@ -267,11 +393,11 @@ def tune_only(
         if decision.outcome not in TUNABLE or decision.workload is None:
             say.warning("nothing to tune")
             continue
-        rows = situation.rows(kind)
+        rows, known = situation.rows(kind), None
         if not options.fresh:
-            kept = find_kept(home, environment_of(situation.tree, card), decision.workload, rows)
-            rows = with_rows_of(kept.artefact, rows)
-        wish = Wish(rows, options.fresh, exhaustive, record)
+            known = find_kept(home, environment_of(situation.tree, card), decision.workload, rows).artefact
+            rows = with_rows_of(known, rows)
+        wish = Wish(rows, options.fresh, exhaustive, record, known, must_keep=True)
         artefact = tune_kind(situation, kind, wish, home, say)
         for name, value in install(artefact, situation, home, say).env:
             say.warning(f"SGLang's tree cannot be written: start the server with {name}={value}")

@@ -23,7 +23,7 @@ from enum import Enum
 from functools import cached_property
 from pathlib import Path
 
-from fixer.errors import SGLangError
+from fixer.errors import SGLangError, harmless
 from fixer.gpu import Card
 from fixer.workload import NumberFormat, Projection, Tile, Workload
 
@@ -144,11 +144,13 @@ class Tree:
         package: the folder.
         version: SGLang's version ("0.5.17").
         triton: the Triton version that names the folder of tuning files.
+        ignored: tuning files to look past: they are bad and could not be moved away (`fixer.vet`).
     """
 
     package: Path
     version: str
     triton: str
+    ignored: frozenset[Path] = frozenset()
 
     @cached_property
     def configs(self) -> Path:
@@ -251,7 +253,8 @@ class Tree:
         return [self.triton_folder, *(folder for folder in others if folder != self.triton_folder)]
 
     def _find(self, name: str) -> Path | None:
-        return next((folder / name for folder in self._folders() if (folder / name).exists()), None)
+        paths = (folder / name for folder in self._folders())
+        return next((path for path in paths if path not in self.ignored and path.exists()), None)
 
     def _find_before_moefix(self, name: str) -> Path | None:
         for folder in self._folders():  # moefix may have tuned under an earlier Triton too
@@ -260,7 +263,7 @@ class Tree:
                 before = folder / name
             elif before.stat().st_size == 0:
                 continue  # there was no file of that name here, so SGLang went on to the other folders
-            if before.exists():
+            if before not in self.ignored and before.exists():
                 return before
         return None
 
@@ -559,7 +562,7 @@ def _download(release: Release, scratch: Path) -> Path:
     if result.returncode != 0 or len(wheels) != 1:
         lines = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["pip gave no reason"]
         raise SGLangError(
-            f"pip could not fetch SGLang {release.version}: {lines[-1].removeprefix('ERROR: ')}",
+            f"pip could not fetch SGLang {release.version}: {harmless(lines[-1].removeprefix('ERROR: '))}",
             "Check that PyPI is reachable (pip's own settings are used), or name a tree with --sglang-root.",
         )
     digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()

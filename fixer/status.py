@@ -171,7 +171,7 @@ class Board:
 
 
 @contextlib.contextmanager
-def told(board: Board) -> Iterator[Board]:
+def posted(board: Board) -> Iterator[Board]:
     """Have the board say how it ended, if it ends: as the server the process goes on."""
     try:
         yield board

@@ -56,11 +56,11 @@ def data_home(chosen: Path | None = None, environ: Mapping[str, str] = os.enviro
     return home
 
 
-def wanted_home(chosen: Path | None, environ: Mapping[str, str]) -> Path:
-    """The data folder as `data_home` has it, neither made nor checked.
+def wanted_home(chosen: Path | None = None, environ: Mapping[str, str] = os.environ) -> Path:
+    """Where the data folder is to be; nothing is made.
 
     Raises:
-        StoreError: this user has no home folder, and no other folder is named.
+        StoreError: this user has no home folder, and none is named.
     """
     try:
         if chosen or environ.get("MOEFIX_HOME"):
@@ -285,12 +285,12 @@ def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def set_aside(path: Path, reason: str) -> Damaged:
+def set_aside(path: Path, reason: str, label: str = "damaged") -> Damaged:
     """Move a damaged file to `<name>.damaged-<UTC>` beside it, over no other file. Never raises, never deletes."""
     stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
     shown = reason if len(reason) <= 200 else reason[:197] + "..."
     for attempt in range(100):
-        target = path.with_name(f"{path.name}.damaged-{stamp}" + (f"-{attempt}" if attempt else ""))
+        target = path.with_name(f"{path.name}.{label}-{stamp}" + (f"-{attempt}" if attempt else ""))
         if os.path.lexists(target):
             continue
         try:

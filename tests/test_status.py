@@ -28,12 +28,12 @@ from fixer.status import (
     health,
     is_alive,
     lines,
+    posted,
     resume_board,
     share_text,
     state_path,
     states,
     summary,
-    told,
 )
 
 HERE = socket.gethostname()
@@ -110,13 +110,13 @@ def test_progress_goes_to_the_board_and_on(tmp_path):
 
 
 def test_the_end_is_told(tmp_path):
-    with pytest.raises(TuneError), told(Board(tmp_path)):
+    with pytest.raises(TuneError), posted(Board(tmp_path)):
         raise TuneError("it broke", "mend\nit")
     assert (states(tmp_path)[0].phase, states(tmp_path)[0].detail) == (Phase.FAILED, "it broke mend it")
-    with pytest.raises(SystemExit), told(Board(tmp_path)):
+    with pytest.raises(SystemExit), posted(Board(tmp_path)):
         raise SystemExit(143)
     assert states(tmp_path)[0].phase is Phase.ENDED
-    with pytest.raises(RuntimeError), told(Board(tmp_path)):
+    with pytest.raises(RuntimeError), posted(Board(tmp_path)):
         raise RuntimeError("odd")
     assert states(tmp_path)[0].detail == "RuntimeError: odd"
 
