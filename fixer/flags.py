@@ -79,7 +79,7 @@ class ServerFlags:
     enable_deepep_moe: bool = False
     kt_num_gpu_experts: int | None = None
     trust_remote_code: bool = False
-    host: str = "127.0.0.1"
+    host: str | None = None
     port: int = 30000
     ssl_certfile: str | None = None
     log_level: str = "info"

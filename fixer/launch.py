@@ -163,6 +163,16 @@ def server_command(argv: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "sglang.launch_server", *argv]
 
 
+def reachable(argv: Sequence[str], host: str | None, environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """SGLang's flags, behind `--host 0.0.0.0` where moefix's image runs and no host is given.
+
+    SGLang listens on the loopback by default, which a port that Docker publishes does not reach.
+    """
+    if host is not None or environ.get("MOEFIX_IMAGE") != "1":
+        return tuple(argv)
+    return ("--host", "0.0.0.0", *argv)  # noqa: S104 (inside a container; what is published is Docker's business)
+
+
 def become_server(argv: Sequence[str], env: Iterable[tuple[str, str]] = (), relay: Settings | None = None) -> NoReturn:
     """Replace this process by the SGLang server: same process id, so signals and exit code are the server's own.
 

@@ -16,12 +16,12 @@ from fixer.baked import find_kept, is_baked, with_baked_command
 from fixer.download import downloading
 from fixer.errors import MoefixError, StoreError, TuneError, told
 from fixer.install import Installation, Pair, install_pair
-from fixer.launch import MoefixOptions, become_server, split_flags
+from fixer.launch import MoefixOptions, become_server, reachable, split_flags
 from fixer.progress import Progress, terminal_progress
 from fixer.proof import relay_settings, server_url
 from fixer.sglang_tree import own_choices
 from fixer.situation import TUNABLE, Situation, look_around
-from fixer.status import Board, OnBoard, Phase, posted
+from fixer.status import Board, OnBoard, Phase, new_board, posted
 from fixer.store import Artefact, Decision, data_home, find_artefact, save_artefact
 from fixer.workload import Workload
 
@@ -38,7 +38,7 @@ def serve(argv: Sequence[str]) -> NoReturn:
     """
     options, server_flags = split_flags(with_baked_command(argv))
     home = home_or_passing(options, Voice(quiet=options.quiet))
-    with posted(Board(home)) as board:
+    with posted(new_board(home)) as board:
         serve_told(server_flags, options, home, board)
     raise AssertionError("serving returned")
 
@@ -62,7 +62,7 @@ def serve_told(server_flags: Sequence[str], options: MoefixOptions, home: Path, 
     files = [name for each in installations for name in (each.gate_up_path.name, each.down_path.name)]
     board.update(phase=Phase.SERVING, detail="SGLang is starting", files=tuple(files), url=server_url(situation.flags))
     relay = relay_settings(situation, installations, home, board.path, quiet=options.quiet)
-    become_server(server_flags, environment.items(), relay)
+    become_server(reachable(server_flags, situation.flags.host), environment.items(), relay)
 
 
 @dataclass(frozen=True)

@@ -135,22 +135,18 @@ _PROGRESS = ("tuning", "download", "detail")
 
 
 class Board:
-    """This process's state, kept in its file. Writing it never fails: a server is worth more than a note about it.
+    """A process's state, kept in its file. Writing it never fails: a server is worth more than a note about it.
 
     Args:
-        home: the data folder.
+        status, path: the state so far, and its file.
         now: the monotonic clock, in seconds.
     """
 
-    def __init__(self, home: Path, now: Callable[[], float] = time.monotonic) -> None:
-        began = utc_now()
-        self.status = Status(socket.gethostname(), os.getpid(), began, began)
-        self.path = state_path(home, self.status.host, self.status.pid)
+    def __init__(self, status: Status, path: Path, now: Callable[[], float] = time.monotonic) -> None:
+        self.status, self.path = status, path
         self._now = now
         self._written = float("-inf")
         self._turn = threading.RLock()  # the download's thread tells of itself too
-        current_states(home)  # removes what is old
-        self._write()
 
     def update(self, **changes: Any) -> None:
         """Change some of the state's parts (see `Status`) and write it.
@@ -168,6 +164,21 @@ class Board:
         self._written = self._now()
         with contextlib.suppress(StoreError):
             write_atomically(self.path, self.status.to_json().encode())
+
+
+def new_board(home: Path, now: Callable[[], float] = time.monotonic) -> Board:
+    """This process's board in a data folder, written; old ones of ended processes are removed.
+
+    Args:
+        home: the data folder.
+        now: the monotonic clock, in seconds.
+    """
+    began = utc_now()
+    status = Status(socket.gethostname(), os.getpid(), began, began)
+    board = Board(status, state_path(home, status.host, status.pid), now)
+    current_states(home)
+    board.update()
+    return board
 
 
 @contextlib.contextmanager
@@ -228,10 +239,7 @@ def resume_board(path: Path) -> Board | None:
         status = Status.from_json(read_bounded(path))
     except (OSError, ValueError):
         return None
-    board = Board.__new__(Board)
-    board.status, board.path = status, path
-    board._now, board._written = time.monotonic, float("-inf")
-    return board
+    return Board(status, path)
 
 
 def states(home: Path) -> tuple[Status, ...]:

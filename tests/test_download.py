@@ -23,7 +23,7 @@ from fixer.fetch import Request
 from fixer.flags import ServerFlags, parse_flags
 from fixer.hub import repository_folder, snapshot_folder
 from fixer.model import Model, Source
-from fixer.status import Board, Phase, Share
+from fixer.status import Phase, Share, new_board
 from fixer.weights import Presence
 
 NAME = ("--model", "owner/name")
@@ -150,7 +150,7 @@ def test_it_goes_on_beside_the_body(
     monkeypatch.setattr(fixer.progress, "PLAIN_INTERVAL", 0.5)
     site.rate = 6 * MIB
     home, handler = tmp_path / "home", signal.getsignal(ALARM)
-    board = Board(home)
+    board = new_board(home)
     with downloading(model(), ServerFlags(), home, say, board) as download:
         assert fakes.eventually(lambda: sum(site.sent.values()) > MIB, 60)  # while the body does something else
         download.wait()

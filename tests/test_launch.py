@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fixer.errors import SGLangError, UsageError
-from fixer.launch import MoefixOptions, become_server, server_command, split_flags
+from fixer.launch import MoefixOptions, become_server, reachable, server_command, split_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -195,3 +195,10 @@ def test_a_flag_that_no_program_can_take_is_a_clear_error(monkeypatch, stand_in)
     monkeypatch.setattr(sys, "path", [str(stand_in / "path")])
     with pytest.raises(SGLangError, match="cannot be started"):
         become_server(["a\0b"])
+
+
+def test_a_published_port_reaches_the_server_in_the_image():
+    image = {"MOEFIX_IMAGE": "1"}
+    assert reachable(("--model", "x"), None, image) == ("--host", "0.0.0.0", "--model", "x")
+    assert reachable(("--model", "x", "--host", "::"), "::", image) == ("--model", "x", "--host", "::")
+    assert reachable(("--model", "x"), None, {}) == ("--model", "x")

@@ -364,7 +364,7 @@ for text in sys.argv[1:]:
 
 
 def test_another_file_is_kept_for_the_next_start_and_the_board_knows(tmp_path):
-    board = status.Board(tmp_path)
+    board = status.new_board(tmp_path)
     question = Question("m", "c", "X", "0.5.17", "")
     record = tmp_path / "asked" / "m.json"
     settings = Settings(

@@ -19,7 +19,6 @@ from fixer.cli import main
 from fixer.errors import TuneError
 from fixer.progress import Silent
 from fixer.status import (
-    Board,
     OnBoard,
     Phase,
     Share,
@@ -28,6 +27,7 @@ from fixer.status import (
     health,
     is_alive,
     lines,
+    new_board,
     posted,
     resume_board,
     share_text,
@@ -61,7 +61,7 @@ def ended_pid():
 
 
 def test_a_boards_file_is_its_state(tmp_path):
-    board = Board(tmp_path)
+    board = new_board(tmp_path)
     (found,) = states(tmp_path)
     assert (found.pid, found.host, found.phase) == (os.getpid(), HERE, Phase.STARTING)
     board.update(phase=Phase.SERVING, url="http://127.0.0.1:1", files=("a.json", "b.json"))
@@ -75,7 +75,7 @@ def test_a_boards_file_is_its_state(tmp_path):
 
 def test_progress_is_written_now_and_then_and_changes_at_once(tmp_path):
     clock = iter(range(10**6))
-    board = Board(tmp_path, now=lambda: next(clock) * 0.1)
+    board = new_board(tmp_path, now=lambda: next(clock) * 0.1)
     writes = []
     board._write = lambda: writes.append(board.status)
     for number in range(20):
@@ -90,7 +90,7 @@ def test_progress_is_written_now_and_then_and_changes_at_once(tmp_path):
 
 
 def test_progress_goes_to_the_board_and_on(tmp_path):
-    board, heard = Board(tmp_path), []
+    board, heard = new_board(tmp_path), []
 
     class Listener(Silent):
         def note(self, line):
@@ -110,19 +110,19 @@ def test_progress_goes_to_the_board_and_on(tmp_path):
 
 
 def test_the_end_is_told(tmp_path):
-    with pytest.raises(TuneError), posted(Board(tmp_path)):
+    with pytest.raises(TuneError), posted(new_board(tmp_path)):
         raise TuneError("it broke", "mend\nit")
     assert (states(tmp_path)[0].phase, states(tmp_path)[0].detail) == (Phase.FAILED, "it broke mend it")
-    with pytest.raises(SystemExit), posted(Board(tmp_path)):
+    with pytest.raises(SystemExit), posted(new_board(tmp_path)):
         raise SystemExit(143)
     assert states(tmp_path)[0].phase is Phase.ENDED
-    with pytest.raises(RuntimeError), posted(Board(tmp_path)):
+    with pytest.raises(RuntimeError), posted(new_board(tmp_path)):
         raise RuntimeError("odd")
     assert states(tmp_path)[0].detail == "RuntimeError: odd"
 
 
 def test_a_folder_that_cannot_be_written_is_no_fault():
-    board = Board(os_path("/proc/nowhere"))
+    board = new_board(os_path("/proc/nowhere"))
     board.update(phase=Phase.TUNING)
     assert states(os_path("/proc/nowhere")) == ()
 

@@ -328,7 +328,7 @@ def test_a_users_flags_go_behind_the_images(measured, serve):
 def test_another_model_is_another_server(measured, serve, dense_model):
     result, record = serve(measured, "--model", "/model", options=("--volume", f"{dense_model}:/model:ro"))
     assert result.returncode == 41, result.stderr
-    assert record["argv"] == ["--model", "/model"]
+    assert record["argv"] == ["--host", "0.0.0.0", "--model", "/model"]
 
 
 def test_the_other_commands_are_there(measured):
