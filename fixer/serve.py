@@ -304,7 +304,7 @@ def fitting_instead(situation: Situation, kind: int, home: Path, say: Voice) -> 
     Whatever SGLang would read and could not run is moved aside first; where it cannot be, something is put before it.
     """
     from fixer.compiled import CompileCache
-    from fixer.plan import compiler_for
+    from fixer.plan import compiler_for, make_plan, write_plan
     from fixer.vet import vet
 
     card, workload = situation.cards[kind][0], situation.decisions[kind].workload
@@ -319,7 +319,14 @@ def fitting_instead(situation: Situation, kind: int, home: Path, say: Voice) -> 
             if vetted.fits and not vetted.is_stuck:
                 say.warning("serving with SGLang's own configuration, which fits this card")
                 return []
-            pair = safe_pair(replace(situation, tree=vetted.tree), kind, compiler, fits=bool(vetted.fits))
+            left = replace(situation, tree=vetted.tree)
+            if not vetted.tree.reads_down_file:
+                joint = write_plan(
+                    make_plan(left.model, left.flags, card, left.tree, compiler), left.tree.triton_folder
+                )
+                say.warning(f"serving with a configuration that fits this card and was not measured: {joint[0]}")
+                return []
+            pair = safe_pair(left, kind, compiler, fits=bool(vetted.fits))
         if pair is None:
             say.warning("serving with SGLang's own configuration, which may not run: nothing is known to fit this card")
             return []
@@ -331,7 +338,7 @@ def fitting_instead(situation: Situation, kind: int, home: Path, say: Voice) -> 
 
 
 def safe_pair(situation: Situation, kind: int, compiler: CompileFunction, *, fits: bool) -> Pair | None:
-    """A pair of files that the card can run; None where there is none, or this release reads no pair.
+    """A pair of files that the card can run, for a release that reads two; None where nothing is known to fit.
 
     Args:
         fits: SGLang's own choices do: then they are written out, to stand before a file that could not be moved away.
@@ -340,8 +347,6 @@ def safe_pair(situation: Situation, kind: int, compiler: CompileFunction, *, fit
 
     card, workload, tree = situation.cards[kind][0], situation.decisions[kind].workload, situation.tree
     assert workload is not None
-    if not tree.reads_down_file:
-        return None
     if not fits:
         return fitting_pair(make_plan(situation.model, situation.flags, card, tree, compiler))
     lookup = tree.lookup(workload, card)
