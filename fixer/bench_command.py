@@ -128,8 +128,11 @@ def run_kernel(request: Request, rounds: int | None, output: Output) -> None:
     output.show(results)
 
 
-def run_serve(request: Request, plan: ServePlan, output: Output) -> None:
+def run_serve(request: Request, plan: ServePlan, output: Output, *, resume: bool) -> None:
     """Servers under load, for all limits in one go.
+
+    Args:
+        resume: go on from the newest unfinished result of the same comparison.
 
     Raises:
         MoefixError: tuning failed, a server did not start, a load was not answered.
@@ -139,7 +142,7 @@ def run_serve(request: Request, plan: ServePlan, output: Output) -> None:
     limits = request.limits_or(options.smem_limit)
     with _told(home) as board:
         subjects = [find_subject(flags, replace(options, smem_limit=limit), home, say) for limit in limits]
-        earlier = [_unfinished(subject, plan) if plan.resume else None for subject in subjects]
+        earlier = [_unfinished(subject, plan) if resume else None for subject in subjects]
         _tell(board, subjects[0], "servers under load")
 
         def publish(place: int, result: BenchResult) -> None:
@@ -153,6 +156,7 @@ def run_serve(request: Request, plan: ServePlan, output: Output) -> None:
 def _unfinished(subject: Subject, plan: ServePlan) -> BenchResult | None:
     """The newest unfinished comparison of the same things under the same loads, if it came after the tuning."""
     wanted = subject.empty_result(Kind.SERVE)
+    what = (wanted.kind, wanted.smem_limit, wanted.environment)
     for result in results_for(subject.home, subject.file):
         same = (result.kind, result.smem_limit, result.environment) == (
             Kind.SERVE,

@@ -100,7 +100,6 @@ class ServePlan:
         budget_seconds: begin nothing that would end later than this after `began`; None for no limit.
         began: the monotonic time that the budget counts from.
         client: what makes the load.
-        resume: go on from the newest unfinished result of the same comparison.
     """
 
     loads: tuple[Load, ...] = FULL_LOADS

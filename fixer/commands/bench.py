@@ -76,13 +76,12 @@ def command(
         wait_seconds=wait,
         budget_seconds=budget,
         client=clients[client],
-        resume=resume,
     )
     named = () if model is None else (f"--model-path={model}",)
     request = Request((*sglang_flags, *named), limits, sglang_root, home, skip_tune, quiet)
     output = Output(out, as_json)
     with _interruptible():
         if serve:
-            run_serve(request, plan, output)
+            run_serve(request, plan, output, resume=resume)
         else:
             run_kernel(request, rounds, output)
