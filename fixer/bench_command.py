@@ -156,15 +156,12 @@ def run_serve(request: Request, plan: ServePlan, output: Output, *, resume: bool
 def _unfinished(subject: Subject, plan: ServePlan) -> BenchResult | None:
     """The newest unfinished comparison of the same things under the same loads, if it came after the tuning."""
     wanted = subject.empty_result(Kind.SERVE)
-    what = (wanted.kind, wanted.smem_limit, wanted.environment)
     for result in results_for(subject.home, subject.file):
-        same = (result.kind, result.smem_limit, result.environment) == (
-            Kind.SERVE,
-            subject.smem_limit,
-            wanted.environment,
+        same = replace(wanted, created=result.created) == replace(
+            result, client="", serve=(), ratio=None, margin=None, verdict=None, notes=()
         )
-        loads = tuple(row.load for row in result.serve) == plan.loads
-        if same and loads and not result.complete and result.created >= subject.artefact.created:
+        loads = tuple(row.load for row in result.serve)
+        if same and loads == plan.loads and result.created >= subject.artefact.created:
             return result
     return None
 

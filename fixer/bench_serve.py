@@ -278,6 +278,8 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
         while time.monotonic() < end:
             process.poll()
             if not _group_lives(process.pid):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(1)  # a zombie until it is waited for
                 return
             time.sleep(0.05)
 
