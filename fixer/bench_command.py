@@ -132,7 +132,7 @@ def run_serve(request: Request, plan: ServePlan, output: Output, *, resume: bool
     """Servers under load, for all limits in one go.
 
     Args:
-        resume: go on from the newest unfinished result of the same comparison.
+        resume: go on from the newest result of the same comparison.
 
     Raises:
         MoefixError: tuning failed, a server did not start, a load was not answered.
@@ -142,7 +142,7 @@ def run_serve(request: Request, plan: ServePlan, output: Output, *, resume: bool
     limits = request.limits_or(options.smem_limit)
     with _told(home) as board:
         subjects = [find_subject(flags, replace(options, smem_limit=limit), home, say) for limit in limits]
-        earlier = [_unfinished(subject, plan) if resume else None for subject in subjects]
+        earlier = [_earlier(subject, plan) if resume else None for subject in subjects]
         _tell(board, subjects[0], "servers under load")
 
         def publish(place: int, result: BenchResult) -> None:
@@ -153,12 +153,15 @@ def run_serve(request: Request, plan: ServePlan, output: Output, *, resume: bool
     output.show(results)
 
 
-def _unfinished(subject: Subject, plan: ServePlan) -> BenchResult | None:
-    """The newest unfinished comparison of the same things under the same loads, if it came after the tuning."""
+def _earlier(subject: Subject, plan: ServePlan) -> BenchResult | None:
+    """The newest comparison of the same things under the same loads, if it came after the tuning.
+
+    A finished one may be gone on with too: with more rounds.
+    """
     wanted = subject.empty_result(Kind.SERVE)
     for result in results_for(subject.home, subject.file):
         same = replace(wanted, created=result.created) == replace(
-            result, client="", serve=(), ratio=None, margin=None, verdict=None, notes=()
+            result, client="", serve=(), ratio=None, margin=None, verdict=None, complete=False, notes=()
         )
         loads = tuple(row.load for row in result.serve)
         if same and loads == plan.loads and result.created >= subject.artefact.created:

@@ -45,7 +45,7 @@ def _heading(result: BenchResult) -> list[tuple[str, str]]:
         ("tuned", result.artefact),
     ]
     if result.client:
-        lines.append(("load from", result.client))
+        lines.append(("load by", result.client))
     return lines
 
 
@@ -84,7 +84,7 @@ def _serve_table(result: BenchResult, console: Console) -> Table:
         change, margin = _change(load.ratio, load.margin)
         own, tuned = load.arms.sglang, load.arms.tuned
         table.add_row(
-            load.load.name,
+            load.load.name + (" (tok/s in)" if load.load.is_prefill else ""),
             _speed(load, own),
             _speed(load, tuned),
             change,

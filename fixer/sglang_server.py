@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fixer.bench_results import Load
+from fixer.errors import MoefixError
 from fixer.load import Pass
+from fixer.model import read_json
 
 HEALTH, FLUSH_CACHE, SERVER_INFO = "/health", "/flush_cache", "/server_info"
 
@@ -54,6 +56,38 @@ def files_used(log: str) -> tuple[Path, ...]:
 def client_module(package: Path) -> str:
     """`bench_serving`'s module: it moved, and the old name warns that it will go."""
     return "sglang.benchmark.serving" if (package / "benchmark" / "serving.py").is_file() else "sglang.bench_serving"
+
+
+def is_plain_model(model_path: str, revision: str | None) -> bool:
+    """Whether a model's configuration and tokenizer name no code of their own; False where that cannot be told.
+
+    The tool loads the tokenizer with `trust_remote_code=True` (benchmark/serving.py, check_chat_template).
+    """
+    paths = [_model_file(model_path, name, revision) for name in ("config.json", "tokenizer_config.json")]
+    if paths[0] is None:
+        return False
+    for path in filter(None, paths):
+        try:
+            if "auto_map" in read_json(path):
+                return False
+        except MoefixError:
+            return False
+    return True
+
+
+def _model_file(model_path: str, name: str, revision: str | None) -> Path | None:
+    """A file of a folder, or of a hub's model as the server's download left it in the cache."""
+    folder = Path(model_path)
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(model_path, name, revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
 
 
 def client_command(package: Path, port: int, load: Load, seed: int, output: Path) -> list[str]:

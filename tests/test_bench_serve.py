@@ -32,7 +32,14 @@ from fixer.bench_serve import (
 )
 from fixer.errors import SGLangError, UsageError
 from fixer.install import render_table
-from fixer.sglang_server import client_command, client_module, files_used, local_flags, read_client_output
+from fixer.sglang_server import (
+    client_command,
+    client_module,
+    files_used,
+    is_plain_model,
+    local_flags,
+    read_client_output,
+)
 from fixer.workload import Tile
 
 LOADS = "1:8:4:3,4:8:6:8,1:32:1:6"
@@ -326,7 +333,7 @@ def test_a_budget_cuts_short_and_resume_goes_on(machine):
                 times["p99_passes"].pop()
     row |= {"complete": False}
     path.write_text(json.dumps(row))
-    result, again = machine.bench("--rounds", "1", "--resume")
+    result, again = machine.bench("--rounds", "1", "--resume", "--skip-tune")
     assert result.code == 0, result.err
     assert [record["key"] for record in machine.records] == ["16"]
     assert again["created"] == created
@@ -335,6 +342,10 @@ def test_a_budget_cuts_short_and_resume_goes_on(machine):
         assert after["arms"]["sglang"] == before["arms"]["sglang"]
         assert after["arms"]["tuned"]["starts"] == [1, 1]
         assert len(after["arms"]["tuned"]["ttft_ms"]["passes"]) == 2
+    result, more = machine.bench("--rounds", "2", "--resume")
+    assert [record["key"] for record in machine.records] == ["16", "none"]
+    assert more["serve"][0]["arms"]["tuned"]["starts"] == [1, 1, 2, 2]
+    assert more["created"] == created
 
 
 # --- SGLang's own client ---------------------------------------------------------------------------------------------
@@ -364,6 +375,30 @@ def test_a_client_that_fails_gives_way_once(machine):
     result, _ = machine.bench("--rounds", "1", "--loads", "1:8:4:3", "--client", "bench_serving")
     assert result.code == 5
     assert "no such tokenizer" in result.err
+
+
+def test_a_model_that_brings_code_is_not_for_it(machine):
+    """SGLang's tool would run that code, whether or not the user trusts it."""
+    machine.tuned()
+    machine.flags = machine.flags[:-1]
+    (machine.package / "bench_serving.py").write_text(CLIENT)
+    (machine.model / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["x.Y", null]}}')
+    words = ("--rounds", "1", "--loads", "1:8:4:3")
+    assert machine.bench(*words)[1]["client"] == "token ids"
+    result, _ = machine.bench(*words, "--client", "bench_serving")
+    assert result.code == 2
+    assert machine.records == []
+    machine.flags = (*machine.flags, "--trust-remote-code")
+    assert machine.bench(*words)[1]["client"] == "sglang.bench_serving"
+
+
+def test_a_model_whose_files_are_not_known(tmp_path):
+    assert not is_plain_model("owner/never-fetched", None)
+    assert not is_plain_model("../x y", None)
+    (tmp_path / "config.json").write_text("{")
+    assert not is_plain_model(str(tmp_path), None)
+    (tmp_path / "config.json").write_text("{}")
+    assert is_plain_model(str(tmp_path), None)
 
 
 def test_its_command_line(tmp_path):

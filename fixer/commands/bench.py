@@ -15,11 +15,11 @@ from fixer.cli import ELSEWHERE, PASS_THROUGH, _interruptible
 @click.option("--rounds", metavar="N", type=click.IntRange(1, 50), help="Starts of each server (2), or of timing (3).")
 @click.option("--passes", metavar="N", type=click.IntRange(2, 100), help="Passes of each load on each start (3).")
 @click.option("--loads", metavar="LIST", help='"1,16,prefill", or STREAMS:INPUT:OUTPUT:REQUESTS, with commas between.')
-@click.option("--quick", is_flag=True, help="Shorter loads, two passes each, a short warm pass.")
+@click.option("--quick", is_flag=True, help="Shorter loads, and a short warm pass.")
 @click.option("--client", type=click.Choice(["auto", "bench_serving", "token-ids"]), default="auto", show_default=True)
 @click.option("--wait", metavar="SECONDS", type=click.FloatRange(1, 86400), default=600, help="For a server (600).")
 @click.option("--budget", metavar="SECONDS", type=click.FloatRange(1), help="Begin nothing that would end later.")
-@click.option("--resume", is_flag=True, help="Go on with the newest unfinished comparison of this kind.")
+@click.option("--resume", is_flag=True, help="Go on with the newest comparison of the same things.")
 @click.option(
     "--smem-limit",
     "limits",
@@ -71,7 +71,7 @@ def command(
     plan = ServePlan(
         loads=parse_loads(loads, preset) if loads is not None else preset,
         rounds=rounds or 2,
-        passes=passes or (2 if quick else 3),
+        passes=passes or 3,
         full_warm=not quick,
         wait_seconds=wait,
         budget_seconds=budget,
