@@ -38,6 +38,8 @@ class Phase(Enum):
     WAITING = "waiting"
     """Another moefix tunes on this volume."""
     TUNING = "tuning"
+    BENCHMARKING = "benchmarking"
+    """`moefix bench` times the kernels or a server of its own."""
     DOWNLOADING = "downloading"
     """The weights are not there yet, and all else is done."""
     SERVING = "serving"

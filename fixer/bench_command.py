@@ -1,0 +1,190 @@
+"""From the words of `moefix bench` to results that are kept, written and printed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import click
+
+from fixer.bench import DEFAULT_ROUNDS, Subject, bench_kernel, find_subject
+from fixer.bench_results import BenchResult, Kind, result_path, results_for, save_result
+from fixer.bench_serve import ServePlan, bench_serve
+from fixer.errors import UsageError
+from fixer.launch import MoefixOptions, split_flags
+from fixer.progress import terminal_progress
+from fixer.serve import Voice
+from fixer.status import Board, Phase
+from fixer.store import data_home
+
+OWN_LIMIT = "own"
+"""In place of a number of bytes: the card's own limit of shared memory."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for.
+
+    Attributes:
+        words: SGLang's flags, the model among them, and moefix's with their long names (`--moefix-...`).
+        limits: of shared memory per block, as words; () for the card's own.
+        sglang_root, home, skip_tune, quiet: as in `MoefixOptions`; these count before the long names.
+    """
+
+    words: tuple[str, ...]
+    limits: tuple[str, ...] = ()
+    sglang_root: Path | None = None
+    home: Path | None = None
+    skip_tune: bool = False
+    quiet: bool = False
+
+    def options(self) -> tuple[MoefixOptions, tuple[str, ...]]:
+        """moefix's options, and SGLang's flags."""
+        given, flags = split_flags(self.words)
+        chosen = replace(
+            given,
+            sglang_root=self.sglang_root or given.sglang_root,
+            home=self.home or given.home,
+            skip_tune=self.skip_tune or given.skip_tune,
+            quiet=self.quiet or given.quiet,
+            strict=True,
+        )
+        return chosen, flags
+
+    def limits_or(self, given: int | None) -> tuple[int | None, ...]:
+        """Each limit in bytes, None for the card's own.
+
+        Raises:
+            UsageError: one is neither a number nor "own", or comes twice.
+        """
+        limits = tuple(_limit(word) for word in self.limits) or (given,)
+        if len(set(limits)) != len(limits):
+            raise UsageError("a --smem-limit comes twice")
+        return limits
+
+
+def _limit(word: str) -> int | None:
+    if word == OWN_LIMIT:
+        return None
+    if not (word.isascii() and word.isdigit() and len(word) <= 9):
+        raise UsageError(f"--smem-limit is {word[:40]!r}", f'Write a number of bytes such as 101376, or "{OWN_LIMIT}".')
+    return int(word)
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where results go besides the data folder: a file (one for each limit, if there are several), and as JSON."""
+
+    file: Path | None
+    as_json: bool
+
+    def publish(self, home: Path, result: BenchResult, *, several: bool) -> None:
+        """Keep a state of a result.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        save_result(result_path(home, result), result)
+        if self.file is not None:
+            limit = OWN_LIMIT if result.smem_limit is None else str(result.smem_limit)
+            name = f"{self.file.stem}-{limit}{self.file.suffix}" if several else self.file.name
+            save_result(self.file.absolute().with_name(name), result)
+
+    def show(self, results: Sequence[BenchResult]) -> None:
+        """Print the results on standard output."""
+        if self.as_json:
+            texts = [result.to_json() for result in results]
+            click.echo(texts[0] if len(texts) == 1 else "[" + ",\n".join(texts) + "]", nl=False)
+            return
+        from fixer.bench_view import print_result
+
+        for number, result in enumerate(results):
+            if number:
+                click.echo()
+            print_result(result)
+
+
+def run_kernel(request: Request, rounds: int | None, output: Output) -> None:
+    """Kernels, row by row, for each limit.
+
+    Raises:
+        MoefixError: there is no artefact, or nothing could be timed.
+    """
+    options, flags = request.options()
+    say, home = Voice(quiet=options.quiet), data_home(options.home)
+    limits = request.limits_or(options.smem_limit)
+    results = []
+    with _told(home) as board, terminal_progress(quiet=options.quiet) as progress:
+        for limit in limits:
+            subject = find_subject(flags, replace(options, smem_limit=limit, skip_tune=True), home, say)
+            _tell(board, subject, "the kernels")
+
+            def publish(result: BenchResult) -> None:
+                output.publish(home, result, several=len(limits) > 1)
+
+            results.append(bench_kernel(subject, rounds or DEFAULT_ROUNDS, progress, publish))
+    output.show(results)
+
+
+def run_serve(request: Request, plan: ServePlan, output: Output, *, resume: bool) -> None:
+    """Servers under load, for all limits in one go.
+
+    Args:
+        resume: go on from the newest result of the same comparison.
+
+    Raises:
+        MoefixError: tuning failed, a server did not start, a load was not answered.
+    """
+    options, flags = request.options()
+    say, home = Voice(quiet=options.quiet), data_home(options.home)
+    limits = request.limits_or(options.smem_limit)
+    with _told(home) as board:
+        subjects = [find_subject(flags, replace(options, smem_limit=limit), home, say) for limit in limits]
+        earlier = [_earlier(subject, plan) if resume else None for subject in subjects]
+        _tell(board, subjects[0], "servers under load")
+
+        def publish(place: int, result: BenchResult) -> None:
+            output.publish(home, result, several=len(limits) > 1)
+
+        with terminal_progress(quiet=options.quiet) as progress:
+            results = bench_serve(subjects, flags, plan, say, progress, publish, earlier)
+    output.show(results)
+
+
+def _earlier(subject: Subject, plan: ServePlan) -> BenchResult | None:
+    """The newest comparison of the same things under the same loads, if it came after the tuning.
+
+    A finished one may be gone on with too: with more rounds.
+    """
+    wanted = subject.empty_result(Kind.SERVE)
+    for result in results_for(subject.home, subject.file):
+        same = replace(wanted, created=result.created) == replace(
+            result, client="", serve=(), ratio=None, margin=None, verdict=None, complete=False, notes=()
+        )
+        loads = tuple(row.load for row in result.serve)
+        if same and loads == plan.loads and result.created >= subject.artefact.created:
+            return result
+    return None
+
+
+def _tell(board: Board, subject: Subject, what: str) -> None:
+    board.update(
+        phase=Phase.BENCHMARKING, detail=what, model=subject.artefact.model, revision=subject.artefact.revision
+    )
+
+
+@contextmanager
+def _told(home: Path) -> Iterator[Board]:
+    """A state of this process for `moefix status`, with its end."""
+    board = Board(home)
+    try:
+        yield board
+    except Exception as fault:
+        board.update(phase=Phase.FAILED, detail=" ".join(str(fault).split())[:300])
+        raise
+    except BaseException:
+        board.update(phase=Phase.ENDED, detail="interrupted")
+        raise
+    board.update(phase=Phase.ENDED)

@@ -1,0 +1,87 @@
+"""`moefix bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from fixer.cli import ELSEWHERE, PASS_THROUGH, _interruptible
+
+
+@click.command("bench", short_help=ELSEWHERE["bench"], context_settings=PASS_THROUGH)
+@click.option("--model", "--model-path", "model", metavar="NAME", help="A folder, or OWNER/NAME on the hub.")
+@click.option("--serve", is_flag=True, help="Compare whole servers under load, not the kernels alone.")
+@click.option("--rounds", metavar="N", type=click.IntRange(1, 50), help="Starts of each server (2), or of timing (3).")
+@click.option("--passes", metavar="N", type=click.IntRange(2, 100), help="Passes of each load on each start (3).")
+@click.option("--loads", metavar="LIST", help='"1,16,prefill", or STREAMS:INPUT:OUTPUT:REQUESTS, with commas between.')
+@click.option("--quick", is_flag=True, help="Shorter loads, and a short warm pass.")
+@click.option("--client", type=click.Choice(["auto", "bench_serving", "token-ids"]), default="auto", show_default=True)
+@click.option("--wait", metavar="SECONDS", type=click.FloatRange(1, 86400), default=600, help="For a server (600).")
+@click.option("--budget", metavar="SECONDS", type=click.FloatRange(1), help="Begin nothing that would end later.")
+@click.option("--resume", is_flag=True, help="Go on with the newest comparison of the same things.")
+@click.option(
+    "--smem-limit",
+    "limits",
+    metavar="BYTES",
+    multiple=True,
+    help='Compare for less shared memory per block; may be repeated, "own" is the card\'s own.',
+)
+@click.option("--sglang-root", metavar="DIR", type=click.Path(path_type=Path), help="An SGLang tree to use.")
+@click.option("--skip-tune", is_flag=True, help="With --serve: an error, not a tuning, where none is kept.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result (an array for several limits) as JSON.")
+@click.option("--out", metavar="FILE", type=click.Path(path_type=Path), help="Also write the JSON there, as it grows.")
+@click.option("--home", metavar="DIR", type=click.Path(path_type=Path), help="The data folder; default: MOEFIX_HOME.")
+@click.option("--quiet", is_flag=True, help="Warnings and errors only.")
+@click.argument("sglang_flags", nargs=-1, type=click.UNPROCESSED, metavar="[SGLANG FLAGS]...")
+def command(
+    *,
+    model: str | None,
+    serve: bool,
+    rounds: int | None,
+    passes: int | None,
+    loads: str | None,
+    quick: bool,
+    client: str,
+    wait: float,
+    budget: float | None,
+    resume: bool,
+    limits: tuple[str, ...],
+    sglang_root: Path | None,
+    skip_tune: bool,
+    as_json: bool,
+    out: Path | None,
+    home: Path | None,
+    quiet: bool,
+    sglang_flags: tuple[str, ...],
+) -> None:
+    """Time SGLang's own configuration against the tuned one, and say which is faster, or that neither is.
+
+    Without --serve: SGLang's MoE layer, row by row. With it: the server is started with either configuration in turn
+    and put under load. All other options are SGLang's own: give those that the server gets.
+    """
+    from fixer.bench_command import Output, Request, run_kernel, run_serve
+    from fixer.bench_serve import FULL_LOADS, QUICK_LOADS, Client, ServePlan, parse_loads
+    from fixer.errors import UsageError
+
+    if not serve and (passes or loads or quick or budget or resume or client != "auto"):
+        raise UsageError("--passes, --loads, --quick, --client, --budget and --resume go with --serve")
+    preset = QUICK_LOADS if quick else FULL_LOADS
+    clients = {"auto": Client.AUTO, "bench_serving": Client.BENCH_SERVING, "token-ids": Client.TOKEN_IDS}
+    plan = ServePlan(
+        loads=parse_loads(loads, preset) if loads is not None else preset,
+        rounds=rounds or 2,
+        passes=passes or 3,
+        full_warm=not quick,
+        wait_seconds=wait,
+        budget_seconds=budget,
+        client=clients[client],
+    )
+    named = () if model is None else (f"--model-path={model}",)
+    request = Request((*sglang_flags, *named), limits, sglang_root, home, skip_tune, quiet)
+    output = Output(out, as_json)
+    with _interruptible():
+        if serve:
+            run_serve(request, plan, output, resume=resume)
+        else:
+            run_kernel(request, rounds, output)
