@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from fixer.errors import UsageError
 from fixer.launch import MoefixOptions, split_flags
 from fixer.progress import terminal_progress
 from fixer.serve import Voice
-from fixer.status import Board, Phase
+from fixer.status import Board, Phase, new_board, posted
 from fixer.store import data_home
 
 OWN_LIMIT = "own"
@@ -116,7 +115,7 @@ def run_kernel(request: Request, rounds: int | None, output: Output) -> None:
     say, home = Voice(quiet=options.quiet), data_home(options.home)
     limits = request.limits_or(options.smem_limit)
     results = []
-    with _told(home) as board, terminal_progress(quiet=options.quiet) as progress:
+    with posted(new_board(home)) as board, terminal_progress(quiet=options.quiet) as progress:
         for limit in limits:
             subject = find_subject(flags, replace(options, smem_limit=limit, skip_tune=True), home, say)
             _tell(board, subject, "the kernels")
@@ -140,7 +139,7 @@ def run_serve(request: Request, plan: ServePlan, output: Output, *, resume: bool
     options, flags = request.options()
     say, home = Voice(quiet=options.quiet), data_home(options.home)
     limits = request.limits_or(options.smem_limit)
-    with _told(home) as board:
+    with posted(new_board(home)) as board:
         subjects = [find_subject(flags, replace(options, smem_limit=limit), home, say) for limit in limits]
         earlier = [_earlier(subject, plan) if resume else None for subject in subjects]
         _tell(board, subjects[0], "servers under load")
@@ -173,18 +172,3 @@ def _tell(board: Board, subject: Subject, what: str) -> None:
     board.update(
         phase=Phase.BENCHMARKING, detail=what, model=subject.artefact.model, revision=subject.artefact.revision
     )
-
-
-@contextmanager
-def _told(home: Path) -> Iterator[Board]:
-    """A state of this process for `moefix status`, with its end."""
-    board = Board(home)
-    try:
-        yield board
-    except Exception as fault:
-        board.update(phase=Phase.FAILED, detail=" ".join(str(fault).split())[:300])
-        raise
-    except BaseException:
-        board.update(phase=Phase.ENDED, detail="interrupted")
-        raise
-    board.update(phase=Phase.ENDED)
