@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -254,15 +255,24 @@ def _data_folder(chosen: str | None) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
+def _interruptible(at_most: float | None = 1.7) -> Iterator[None]:
     """Have SIGTERM unwind as Ctrl-C does, so that compiling processes and passing folders do not stay behind.
 
     What unwinds is not disturbed by a second signal. One that was ignored from the start (nohup) stays ignored.
+
+    Args:
+        at_most: seconds after which the process ends however far it has unwound: a file system may hang, and Python
+            drops what a handler raises while an object is being finalised. What is kept is safe at any moment, and
+            children end with their parent. None for work that takes its time to tidy up.
     """
 
     def leave(number: int, frame: object) -> NoReturn:
         for each in before:
             signal.signal(each, signal.SIG_IGN)
+        if at_most is not None:
+            last = threading.Timer(at_most, os._exit, (128 + number,))
+            last.daemon = True
+            last.start()
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + number)

@@ -48,11 +48,17 @@ def in_child(work) -> int:
     pid = os.fork()
     if pid:
         return pid
-    code = 1
+    code, came = 1, []
+
+    def leave(number: int, _: object) -> None:
+        came.append(number)
+        sys.exit(128 + number)
+
     try:
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-        while True:
+        signal.signal(signal.SIGTERM, leave)
+        while not came:  # pytest's and hypothesis's gc callbacks swallow what is raised in them
             work()
+        sys.exit(128 + came[0])
     except SystemExit as fault:
         code = fault.code
     except BaseException as fault:  # told by the exit code

@@ -59,7 +59,7 @@ def command(
         volume=volume,
         force=force,
     )
-    with _interruptible():
+    with _interruptible(at_most=None):
         with terminal_progress(quiet=quiet) as progress:
             baked = bake(order, progress)
         for one in baked.recipe.artefacts:

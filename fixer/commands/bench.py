@@ -80,7 +80,7 @@ def command(
     named = () if model is None else (f"--model-path={model}",)
     request = Request((*sglang_flags, *named), limits, sglang_root, home, skip_tune, quiet)
     output = Output(out, as_json)
-    with _interruptible():
+    with _interruptible(at_most=None):
         if serve:
             run_serve(request, plan, output, resume=resume)
         else:
