@@ -20,6 +20,7 @@ import click
 
 import fixer
 from fixer.errors import CardError, MoefixError, UsageError
+from fixer.signals import ENDING
 
 if TYPE_CHECKING:
     from fixer.gpu import Card
@@ -254,16 +255,27 @@ def _data_folder(chosen: str | None) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Have SIGTERM unwind as Ctrl-C does, so that compiling processes and passing folders do not stay behind."""
+    """Have SIGTERM unwind as Ctrl-C does, so that compiling processes and passing folders do not stay behind.
+
+    What unwinds is not disturbed by a second signal. One that was ignored from the start (nohup) stays ignored.
+    """
 
     def leave(number: int, frame: object) -> NoReturn:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    before = {number: signal.getsignal(number) for number in ENDING}
+    before = {number: handler for number, handler in before.items() if handler not in (None, signal.SIG_IGN)}
+    for number in before:
+        signal.signal(number, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _tree(root: str | None, version: str | None, data: Path) -> Tree:
@@ -362,8 +374,9 @@ def tune(
 def serve_command(*, arguments: tuple[str, ...]) -> None:
     """Tune what is not yet tuned, then become the SGLang server with exactly these flags.
 
-    moefix's own options: --moefix-skip-tune, --moefix-fresh, --moefix-strict, --moefix-quiet, --moefix-dry-run,
-    --moefix-smem-limit BYTES, --moefix-home DIR, --moefix-sglang-root DIR, each also as a variable (MOEFIX_HOME ...).
+    moefix's own options: --moefix-skip-tune, --moefix-skip-download, --moefix-fresh, --moefix-strict, --moefix-quiet,
+    --moefix-dry-run, --moefix-ask, --moefix-smem-limit BYTES, --moefix-home DIR, --moefix-sglang-root DIR, each also as
+    a variable (MOEFIX_HOME ...).
     """
     from fixer.serve import serve
 

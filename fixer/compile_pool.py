@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from fixer.kernel import Candidate, Compiled, CompileOutcome, Target, compile_candidate, planning_driver
+from fixer.signals import deferred
 
 FROM_CACHE_SECONDS = 0.1
 """Quicker than any compilation."""
@@ -205,10 +206,11 @@ class CompilePool:
         process = self._context.Process(
             target=_compile_for, args=(theirs, self._target), daemon=True, name="moefix-compile"
         )
-        process.start()
-        theirs.close()
         worker = _Worker(process, ours)
-        self._workers.append(worker)
+        with deferred():
+            process.start()
+            self._workers.append(worker)
+        theirs.close()
         return worker
 
     def _collect(self, worker: _Worker, is_ready: bool) -> tuple[Candidate, Compiled] | None:

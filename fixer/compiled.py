@@ -38,6 +38,9 @@ _WRITE = "INSERT OR REPLACE INTO compiled VALUES (?, ?, ?, ?, ?)"
 _PATIENCE_SECONDS = 2.0
 """How long to wait for another process that writes."""
 
+_DAMAGED = (sqlite3.DatabaseError, UnicodeDecodeError)
+"""What a damaged file raises; the second one is of SQLite's own complaint, which may quote it."""
+
 _MOST_SHARED_BYTES = 1 << 24
 _TRITON_PACKAGES = ("triton", "pytorch-triton")
 
@@ -120,7 +123,7 @@ class CompileCache:
                 self._connection.executemany(_WRITE, rows)
         except sqlite3.OperationalError:  # a full disk, a read-only folder, another process: then it is not kept
             pass
-        except sqlite3.DatabaseError as fault:
+        except _DAMAGED as fault:
             self._begin_anew(str(fault))
 
     def _find(self, key: str) -> Compiled | None:
@@ -130,7 +133,7 @@ class CompileCache:
             row = self._connection.execute(_READ, (key,)).fetchone()
         except sqlite3.OperationalError:
             return None
-        except sqlite3.DatabaseError as fault:
+        except _DAMAGED as fault:
             self._begin_anew(str(fault))
             return None
         return _compiled(row) if row else None
@@ -142,11 +145,11 @@ class CompileCache:
             return _connect(self._path)
         except sqlite3.OperationalError:
             return None
-        except sqlite3.DatabaseError as fault:
+        except _DAMAGED as fault:
             self._set_aside(str(fault))
         try:
             return _connect(self._path)
-        except sqlite3.Error:
+        except (sqlite3.Error, UnicodeDecodeError):
             return None
 
     def _begin_anew(self, reason: str) -> None:

@@ -133,6 +133,16 @@ def decide(model: Model, flags: ServerFlags, card: Card, release: str) -> Decisi
     return replace(decision, notes=(*([model.note] if model.note else []), *decision.notes, *_notes(case)))
 
 
+def layer_workload(model: Model, flags: ServerFlags, card: Card, release: str) -> Workload | None:
+    """The MoE layer as the Triton kernel would see it, whatever kernel runs it; None for a dense model."""
+    shard = _shard(flags, release)
+    layer = expert_layer(model.architecture, model.text_config)
+    if layer is None:
+        return None
+    scheme = resolve(_question(_Server(model, flags, card, release), layer.family, layer, shard))
+    return _workload(_Case(model, flags, card, release, layer, shard, scheme))
+
+
 # --- no experts -------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""What matters to the MoE kernel of the user's SGLang flags, in every spelling that SGLang takes.
+"""What matters of the user's SGLang flags to the MoE kernel and to the download, in every spelling that SGLang takes.
 
 moefix passes the user's words on untouched; here they are only read. A flag that is not in `OPTIONS` is passed over.
 """
@@ -29,7 +29,8 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class ServerFlags:
-    """The part of SGLang's server arguments that decides the MoE kernel's shapes, number format and rows.
+    """The part of SGLang's server arguments that decides the MoE kernel's shapes, number format and rows; which files
+    of the model are loaded from where; and where the server is to be found and what it logs.
 
     Attributes are named as SGLang's own fields; None (or "") is "not given", so that SGLang's default of the release
     in question applies.
@@ -41,6 +42,9 @@ class ServerFlags:
 
     model_path: str = ""
     revision: str | None = None
+    load_format: str = "auto"
+    download_dir: str | None = None
+    speculative_draft_model_path: str | None = None
     tp_size: int = 1
     ep_size: int = 1
     dp_size: int = 1
@@ -75,6 +79,12 @@ class ServerFlags:
     enable_deepep_moe: bool = False
     kt_num_gpu_experts: int | None = None
     trust_remote_code: bool = False
+    host: str | None = None
+    port: int = 30000
+    ssl_certfile: str | None = None
+    log_level: str = "info"
+    skip_server_warmup: bool = False
+    nnodes: int = 1
     model_overrides: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
     unread: tuple[str, ...] = ()
 
@@ -110,6 +120,9 @@ def _option(name: str, kind: Kind, *others: str) -> Option:
 OPTIONS: tuple[Option, ...] = (
     _option("model_path", Kind.TEXT, "--model"),
     _option("revision", Kind.TEXT),
+    _option("load_format", Kind.TEXT),
+    _option("download_dir", Kind.TEXT),
+    _option("speculative_draft_model_path", Kind.TEXT, "--speculative-draft-model"),
     _option("tp_size", Kind.COUNT, "--tensor-parallel-size", "--tp"),
     _option("ep_size", Kind.COUNT, "--expert-parallel-size", "--ep"),
     _option("dp_size", Kind.COUNT, "--data-parallel-size", "--dp"),
@@ -144,10 +157,19 @@ OPTIONS: tuple[Option, ...] = (
     _option("enable_deepep_moe", Kind.SWITCH),
     _option("kt_num_gpu_experts", Kind.NATURAL),
     _option("trust_remote_code", Kind.SWITCH),
+    _option("host", Kind.TEXT),
+    _option("port", Kind.NATURAL),
+    _option("ssl_certfile", Kind.TEXT),
+    _option("log_level", Kind.TEXT),
+    _option("skip_server_warmup", Kind.SWITCH),
+    _option("nnodes", Kind.COUNT),
     Option("model_overrides", Kind.OBJECT, ("--json-model-override-args",)),
     Option("config", Kind.TEXT, ("--config",)),
     Option("cuda_graph_config", Kind.UNREAD, ("--cuda-graph-config",)),
 )
+
+SECRET_FLAGS = ("--api-key", "--admin-api-key", "--ssl-keyfile-password")
+"""Flags whose value is a secret (server_args.py:1292-1309 of 0.5.17)."""
 
 _BY_SPELLING: Mapping[str, Option] = {spelling: option for option in OPTIONS for spelling in option.spellings}
 
@@ -160,8 +182,8 @@ _DTYPES: Mapping[str, str] = {
     "float32": "float32",
 }
 
-# SGLang compares these in lower case (model_config.py:1427), and its choices are lower case.
-_LOWER_CASE = frozenset({"quantization", "moe_runner_backend", "moe_a2a_backend"})
+# SGLang compares these in lower case (model_config.py:1427, load_config.py:103), and its choices are lower case.
+_LOWER_CASE = frozenset({"quantization", "moe_runner_backend", "moe_a2a_backend", "load_format", "log_level"})
 
 
 def parse_flags(argv: Sequence[str]) -> ServerFlags:
@@ -185,6 +207,14 @@ def parse_flags(argv: Sequence[str]) -> ServerFlags:
     if values.get("quantization") == "unquant":
         values["quantization"] = None  # "what the checkpoint has" (server_args.py:4084-4091)
     return replace(ServerFlags(**values), unread=tuple(dict.fromkeys(unread)))
+
+
+def secret_flags(words: Sequence[str]) -> tuple[str, ...]:
+    """Those words of a command line that are flags with a secret behind them, abbreviated or not."""
+    spellings = [word.partition("=")[0] for word in words]
+    # --ssl-keyfile, which is a file's name, is a flag of its own.
+    found = [spelt for spelt in spellings if len(spelt) > 4 and not "--ssl-keyfile".startswith(spelt)]
+    return tuple(spelt for spelt in found if any(secret.startswith(spelt) for secret in SECRET_FLAGS))
 
 
 def _occurrences(words: Sequence[str]) -> Iterator[tuple[Option, str, list[str]]]:

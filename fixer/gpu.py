@@ -9,6 +9,7 @@ that number and nothing else does, so a few MiB more or less, as between two dri
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import difflib
 import json
@@ -172,6 +173,29 @@ class _NvmlMemory(ctypes.Structure):
     _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
 
 
+class _NvmlProcess(ctypes.Structure):
+    """nvmlProcessInfo_t of version 2 and 3: process id, bytes, two MIG ids (nvml.h)."""
+
+    _fields_ = (
+        ("pid", ctypes.c_uint),
+        ("bytes", ctypes.c_ulonglong),
+        ("gpu_instance", ctypes.c_uint),
+        ("compute_instance", ctypes.c_uint),
+    )
+
+
+class _NvmlUtilization(ctypes.Structure):
+    """nvmlUtilization_t: percent of the last sampling period in which kernels ran, memory was moved (nvml.h)."""
+
+    _fields_ = (("gpu", ctypes.c_uint), ("memory", ctypes.c_uint))
+
+
+_NVML_PROCESS_LISTS = ("nvmlDeviceGetComputeRunningProcesses_v3", "nvmlDeviceGetGraphicsRunningProcesses_v3")
+_NVML_UNKNOWN_BYTES = (1 << 64) - 1
+"""NVML_VALUE_NOT_AVAILABLE as an unsigned number: the driver does not say (Windows under WSL, some containers)."""
+_MOST_HOLDERS = 256
+
+
 class _CudaDriver:
     """The few calls of libcuda that identify a card. Needs no context, so it takes no memory on the card."""
 
@@ -259,12 +283,51 @@ class _Nvml:
 
     def memory_mib(self, pci_bus: str) -> int | None:
         """The card's memory as nvidia-smi shows it, in MiB; None if not known (GB10 and Jetson have no own memory)."""
-        handle, memory = ctypes.c_void_p(), _NvmlMemory()
-        if not self._works("nvmlDeviceGetHandleByPciBusId_v2", pci_bus.encode(), ctypes.byref(handle)):
-            return None
-        if not self._works("nvmlDeviceGetMemoryInfo", handle, ctypes.byref(memory)):
-            return None
-        return memory.total >> 20 or None
+        memory = self._memory(self._handle(pci_bus))
+        return (memory.total >> 20 or None) if memory else None
+
+    def occupancy(self, pci_bus: str) -> Occupancy:
+        """What uses the card now."""
+        handle, rates = self._handle(pci_bus), _NvmlUtilization()
+        memory = self._memory(handle)
+        known = handle is not None and self._works("nvmlDeviceGetUtilizationRates", handle, ctypes.byref(rates))
+        return Occupancy(
+            free_mib=memory.free >> 20 if memory and memory.total else None,
+            busy_percent=int(rates.gpu) if known else None,
+            holders=self._holders(handle) if handle is not None else (),
+        )
+
+    def _handle(self, pci_bus: str) -> ctypes.c_void_p | None:
+        handle = ctypes.c_void_p()
+        found = self._works("nvmlDeviceGetHandleByPciBusId_v2", pci_bus.encode(), ctypes.byref(handle))
+        return handle if found else None
+
+    def _memory(self, handle: ctypes.c_void_p | None) -> _NvmlMemory | None:
+        memory = _NvmlMemory()
+        known = handle is not None and self._works("nvmlDeviceGetMemoryInfo", handle, ctypes.byref(memory))
+        return memory if known else None
+
+    def _holders(self, handle: ctypes.c_void_p) -> tuple[Holder, ...]:
+        """The processes that have memory on the card, the largest first; in a container the driver may hide them."""
+        held: dict[int, int | None] = {}
+        for function in _NVML_PROCESS_LISTS:
+            count, room = ctypes.c_uint(_MOST_HOLDERS), (_NvmlProcess * _MOST_HOLDERS)()
+            if self._works(function, handle, ctypes.byref(count), room):
+                for process in room[: min(count.value, _MOST_HOLDERS)]:
+                    held[process.pid] = None if process.bytes == _NVML_UNKNOWN_BYTES else process.bytes >> 20
+        holders = (Holder(pid, self._process_name(pid), mib) for pid, mib in held.items())
+        return tuple(sorted(holders, key=lambda holder: (-(holder.mib or 0), holder.pid)))
+
+    def _process_name(self, pid: int) -> str:
+        buffer = ctypes.create_string_buffer(256)
+        name = ""
+        if self._works("nvmlSystemGetProcessName", ctypes.c_uint(pid), buffer, ctypes.c_uint(len(buffer))):
+            # The first word: what follows are arguments, which may hold anything, a token among it.
+            name = (buffer.value.decode(errors="replace").split() or [""])[0].rpartition("/")[2]
+        if not name:
+            with contextlib.suppress(OSError):
+                name = Path(f"/proc/{pid}/comm").read_text("utf-8", "replace").strip()
+        return name[:60] if name.isprintable() else ""
 
 
 def _load(name: str) -> ctypes.CDLL | None:
@@ -294,17 +357,29 @@ def visible_cards() -> tuple[Card, ...]:
     Raises:
         CardError: there is a driver, and it fails (error 803, say: library and kernel module do not match).
     """
-    library = _load(_CUDA_LIBRARY)
-    if library is None:
+    cuda = _started_driver()
+    if cuda is None:
         return ()
-    cuda = _CudaDriver(library)
-    started = cuda.code("cuInit", ctypes.c_uint(0))
-    if started in _NO_CARD:
-        return ()
-    cuda.check("cuInit", started)
     with _Nvml() as nvml:
         driver = nvml.driver() or _kernel_module_version()
         return tuple(_read_card(cuda, nvml, index, driver) for index in range(cuda.count()))
+
+
+def _started_driver() -> _CudaDriver | None:
+    """CUDA's driver, ready to be asked; None without a driver or a card.
+
+    Raises:
+        CardError: there is a driver, and it fails.
+    """
+    library = _load(_CUDA_LIBRARY)
+    if library is None:
+        return None
+    cuda = _CudaDriver(library)
+    started = cuda.code("cuInit", ctypes.c_uint(0))
+    if started in _NO_CARD:
+        return None
+    cuda.check("cuInit", started)
+    return cuda
 
 
 def _read_card(cuda: _CudaDriver, nvml: _Nvml, index: int, driver: str) -> Card:
@@ -322,6 +397,68 @@ def _read_card(cuda: _CudaDriver, nvml: _Nvml, index: int, driver: str) -> Card:
         index=index,
         driver=driver,
     )
+
+
+# --- what uses a card ------------------------------------------------------------------------------------------------
+
+BUSY_PERCENT = 10
+"""From here on something else computes on the card: an idle one shows 0, a desktop a few percent."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process that has memory on a card: its id, its program ("" if not known), MiB (None if not known)."""
+
+    pid: int
+    name: str
+    mib: int | None
+
+    def __str__(self) -> str:
+        told = f"process {self.pid}" + (f" ({self.name})" if self.name else "")
+        return told if self.mib is None else f"{told} with {self.mib} MiB"
+
+
+@dataclass(frozen=True)
+class Occupancy:
+    """What uses a card now.
+
+    Attributes:
+        free_mib: memory that is free, in MiB; None if not known.
+        busy_percent: share of the last sampling period (up to a second) in which kernels ran; None if not known.
+        holders: processes with memory on it, the largest first; empty where the driver hides them (in a container).
+    """
+
+    free_mib: int | None = None
+    busy_percent: int | None = None
+    holders: tuple[Holder, ...] = ()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something computes on the card."""
+        return self.busy_percent is not None and self.busy_percent >= BUSY_PERCENT
+
+    def held_by(self, most: int = 4) -> str:
+        """Who holds it, in words: the largest few."""
+        if not self.holders:
+            return "by what, the driver does not say here (nvidia-smi on the host does)"
+        more = len(self.holders) - most
+        return "by " + ", ".join(map(str, self.holders[:most])) + (f" and {more} more" if more > 0 else "")
+
+
+def occupancy(card: Card) -> Occupancy:
+    """What uses a visible card now, as the driver tells it; nothing known for a card of the table or a MIG slice.
+
+    Raises:
+        CardError: there is a driver, and it fails.
+    """
+    # A MIG slice has the bus id of the whole card, whose numbers are not the slice's.
+    cuda = None if card.index is None or " MIG " in card.name else _started_driver()
+    if cuda is None:
+        return Occupancy()
+    device = ctypes.c_int()
+    cuda.call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(card.index or 0))
+    with _Nvml() as nvml:
+        return nvml.occupancy(cuda.text("cuDeviceGetPCIBusId", device))
 
 
 # --- cards at large --------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ file is never read, and an overlay has to hold everything that SGLang ships.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -18,6 +20,7 @@ from pathlib import Path
 from fixer.errors import StoreError
 from fixer.sglang_tree import BEFORE_MOEFIX, CONFIG_DIR_VARIABLE
 from fixer.store import (
+    Artefact,
     Damaged,
     check_file_name,
     check_tile,
@@ -26,6 +29,7 @@ from fixer.store import (
     read_bounded,
     read_or_set_aside,
     safe_name,
+    set_aside,
     take_owner_of,
     write_atomically,
     write_together,
@@ -66,6 +70,16 @@ class Pair:
             if tile.use_tma:
                 raise ValueError(f"row {batch}: USE_TMA breaks SGLang 0.5.17 in a gate_up file")
 
+    @classmethod
+    def of(cls, artefact: Artefact) -> Pair:
+        """An artefact's two files."""
+        return cls(
+            artefact.gate_up_file,
+            artefact.down_file,
+            {row.batch: row.gate_up for row in artefact.rows},
+            {row.batch: row.down for row in artefact.rows},
+        )
+
 
 @dataclass(frozen=True)
 class Installation:
@@ -100,7 +114,8 @@ def install_pair(folder: Path, pair: Pair, home: Path, sglang_version: str) -> I
     """Put the pair into `folder`, or into an overlay in the data folder where `folder` cannot be written.
 
     A file that was there before and differs is kept once as `<name>.before-moefix`; an empty one of that name says
-    that there was none.
+    that there was none. Later, one that moefix did not write is kept as `<name>.replaced-<UTC>`. A damaged one is set
+    aside.
 
     Args:
         folder: the running Triton's folder that SGLang reads: `<root>/configs/triton_3_6_0`, <root> being SGLang's
@@ -118,9 +133,9 @@ def install_pair(folder: Path, pair: Pair, home: Path, sglang_version: str) -> I
     if installed(folder, pair):
         return _installation(folder, pair)
     try:
-        notes = _write_pair(folder, pair)
+        notes = _write_pair(folder, pair, home)
     except StoreError as fault:
-        return _install_overlay(folder, pair, home / "overlay" / safe_name(sglang_version), fault.message)
+        return _install_overlay(folder, pair, home, safe_name(sglang_version), fault.message)
     return _installation(folder, pair, notes=notes)
 
 
@@ -144,27 +159,75 @@ def _content(path: Path) -> bytes | None:
         return None
 
 
-def _write_pair(folder: Path, pair: Pair) -> tuple[str, ...]:
+def _write_pair(folder: Path, pair: Pair, home: Path) -> tuple[str, ...]:
+    return _replace(folder, pair, home, overlay=False)
+
+
+def _replace(folder: Path, pair: Pair, home: Path, *, overlay: bool) -> tuple[str, ...]:
+    """Keep what is there, write the pair, and remember that moefix wrote it."""
     files = _files(folder, pair)
-    notes = tuple(note for path, content in files for note in _back_up(path, content))
+    notes = tuple(note for path, content in files for note in _make_room(path, content, home, overlay))
     write_together(files)
+    for _, content in files:
+        with contextlib.suppress(StoreError):  # at worst a later pair keeps this one as if it were another's
+            write_atomically(_mark(home, content), b"")
     return notes
 
 
-def _back_up(path: Path, new: bytes) -> tuple[str, ...]:
-    """Keep what was at `path` before moefix first wrote there. A second backup would hold moefix's own older file."""
-    backup = path.with_name(path.name + BACKUP_SUFFIX)
-    old = _content(path)
-    if old == new or os.path.lexists(backup):
+def _mark(home: Path, content: bytes) -> Path:
+    """An empty file of this name in the data folder says that moefix wrote that content."""
+    return home / "written" / hashlib.sha256(content).hexdigest()
+
+
+def _make_room(path: Path, new: bytes, home: Path, overlay: bool) -> tuple[str, ...]:
+    """Keep what is at `path`, unless moefix wrote it, before `new` takes its place; an overlay's links are no files.
+
+    Raises:
+        StoreError: it cannot be kept.
+    """
+    if path.is_dir() or (overlay and path.is_symlink()):
         return ()
-    write_atomically(backup, old or b"")
-    return (f"the {path.name} that was there is kept as {backup.name}",) if old else ()
+    old, why = _usable(path)
+    if old == new:
+        return ()
+    notes: tuple[str, ...] = ()
+    if why:
+        aside = set_aside(path, why)
+        if aside.kept_as is None:
+            raise StoreError(str(aside), "Move it away, or make its folder writable.")
+        old, notes = None, (str(aside),)
+    backup = path.with_name(path.name + BACKUP_SUFFIX)
+    if not overlay and not os.path.lexists(backup):
+        write_atomically(backup, old or b"")
+        notes += (f"the {path.name} that was there is kept as {backup.name}",) if old else ()
+    elif old is not None and not _mark(home, old).exists():
+        # A second backup of that name would hold moefix's own older file.
+        aside = set_aside(path, "another took its place", "replaced")
+        if aside.kept_as is None:
+            raise StoreError(f"{path} cannot be kept under another name.", "Move it away.")
+        notes += (f"the {path.name} that was there is kept as {aside.kept_as.name}",)
+    return notes
+
+
+def _usable(path: Path) -> tuple[bytes | None, str]:
+    """The content of a tuning file, None for none; and why it is none that SGLang could read, "" where it is."""
+    try:
+        content = read_bounded(path)
+        parse_table(content)
+    except FileNotFoundError:
+        return None, ""
+    except OSError as fault:
+        return None, fault.strerror or "it cannot be read"
+    except ValueError as fault:
+        return None, str(fault)
+    return content, ""
 
 
 # --- the overlay -----------------------------------------------------------------------------------------------------
 
 
-def _install_overlay(folder: Path, pair: Pair, root: Path, reason: str) -> Installation:
+def _install_overlay(folder: Path, pair: Pair, home: Path, name: str, reason: str) -> Installation:
+    root = home / "overlay" / name
     own = root / "configs" / folder.name
     try:
         _mirror_shipped(folder, own)
@@ -173,10 +236,9 @@ def _install_overlay(folder: Path, pair: Pair, root: Path, reason: str) -> Insta
             f"SGLang's files cannot be mirrored to {own}: {fault.strerror or fault}",
             "Make SGLang's folder or the data folder writable, with some space free.",
         ) from fault
-    if not installed(own, pair):
-        write_together(_files(own, pair))
+    notes = () if installed(own, pair) else _replace(own, pair, home, overlay=True)
     note = f"SGLang's own folder was left as it is ({reason}); the pair is in {own}"
-    return _installation(own, pair, ((OVERLAY_VARIABLE, str(root)),), (note,))
+    return _installation(own, pair, ((OVERLAY_VARIABLE, str(root)),), (*notes, note))
 
 
 def _mirror_shipped(folder: Path, own: Path) -> None:

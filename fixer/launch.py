@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from fixer.errors import SGLangError, UsageError
+from fixer.relay import Settings, start_relay
 
 _PREFIX = "--moefix"
-_SWITCHES = ("skip-tune", "fresh", "strict", "quiet", "dry-run")
+_SWITCHES = ("skip-tune", "fresh", "strict", "quiet", "dry-run", "skip-download", "ask")
 _VALUES = ("smem-limit", "home", "sglang-root")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
 
@@ -38,6 +39,8 @@ class MoefixOptions:
         sglang_root: SGLang's tree; None for the installed one.
         quiet: print warnings and errors only.
         dry_run: say what would be done, and do not start the server.
+        skip_download: leave the weights' download to SGLang.
+        ask: ask SGLang itself which file it will look for, where that is not known from an earlier start.
     """
 
     skip_tune: bool = False
@@ -48,6 +51,8 @@ class MoefixOptions:
     sglang_root: Path | None = None
     quiet: bool = False
     dry_run: bool = False
+    skip_download: bool = False
+    ask: bool = False
 
 
 def split_flags(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> tuple[MoefixOptions, tuple[str, ...]]:
@@ -119,6 +124,8 @@ def _options(given: Mapping[str, str]) -> MoefixOptions:
         sglang_root=_folder(given, "sglang-root"),
         quiet=_switch(given, "quiet"),
         dry_run=_switch(given, "dry-run"),
+        skip_download=_switch(given, "skip-download"),
+        ask=_switch(given, "ask"),
     )
 
 
@@ -156,12 +163,23 @@ def server_command(argv: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "sglang.launch_server", *argv]
 
 
-def become_server(argv: Sequence[str], env: Iterable[tuple[str, str]] = ()) -> NoReturn:
+def reachable(argv: Sequence[str], host: str | None, environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """SGLang's flags, behind `--host 0.0.0.0` where moefix's image runs and no host is given.
+
+    SGLang listens on the loopback by default, which a port that Docker publishes does not reach.
+    """
+    if host is not None or environ.get("MOEFIX_IMAGE") != "1":
+        return tuple(argv)
+    return ("--host", "0.0.0.0", *argv)  # noqa: S104 (inside a container; what is published is Docker's business)
+
+
+def become_server(argv: Sequence[str], env: Iterable[tuple[str, str]] = (), relay: Settings | None = None) -> NoReturn:
     """Replace this process by the SGLang server: same process id, so signals and exit code are the server's own.
 
     Args:
         argv: SGLang's flags.
         env: environment variables to add; all else stays as it is.
+        relay: what the process that reads along in the server's output is told; None for none.
 
     Raises:
         SGLangError: there is no SGLang for this Python, or the server cannot be started.
@@ -173,6 +191,10 @@ def become_server(argv: Sequence[str], env: Iterable[tuple[str, str]] = ()) -> N
         # What Python still holds would be lost with this program. A reader that is gone is no reason not to serve.
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
+    if relay is not None:
+        # Python holds back what it prints into a pipe, though not what it prints on a terminal.
+        environment.update({"PYTHONUNBUFFERED": "1"} if _on_terminal(1) else {})
+        start_relay(relay)
     try:
         os.execve(command[0], command, environment)  # noqa: S606 (a list of arguments, and no shell is the point)
     except (OSError, ValueError) as fault:
@@ -180,6 +202,13 @@ def become_server(argv: Sequence[str], env: Iterable[tuple[str, str]] = ()) -> N
             f"the server cannot be started with {command[0]}: {fault}",
             "Check that this Python is still in its place, and that no flag holds a zero byte.",
         ) from fault
+
+
+def _on_terminal(descriptor: int) -> bool:
+    try:
+        return os.isatty(descriptor)
+    except OSError:
+        return False
 
 
 def _require_sglang(environment: Mapping[str, str]) -> None:

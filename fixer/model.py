@@ -1,13 +1,14 @@
 """The model: its config.json, from a folder, a hub or the built-in catalogue of public geometries.
 
 Nothing here runs a model's code or needs transformers; config.json is untrusted input. From a hub only config.json and
-hf_quant_config.json are fetched, by huggingface_hub, which reads HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE.
+hf_quant_config.json are fetched, by huggingface_hub, which reads HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE; or
+from ModelScope by its own client, where SGLANG_USE_MODELSCOPE has SGLang do so.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import re
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from typing import Any, TypeVar
 
 from fixer.errors import HubError, ModelError, UsageError
 from fixer.flags import ServerFlags, json_depth
+from fixer.hub import OFFLINE_HINT, NoSuchFileError, UnreachableError, commit_of, is_hub_id, refusal, uses_modelscope
 
 MAX_CONFIG_BYTES = 16 << 20
 """Largest config.json that is read."""
@@ -29,7 +31,8 @@ MAX_DEPTH = 64
 
 _MAX_DIGITS = 20
 _MAX_NAME = 4096
-_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9._-]{1,96}")
+_MAX_TEXT = 500
+_BAD_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 _CATALOGUE_FILE = Path(__file__).parent / "data" / "catalogue.json"
 
 _T = TypeVar("_T")
@@ -96,18 +99,6 @@ class _Files:
     revision: str | None
     source: Source
     note: str = ""
-
-
-class _UnreachableError(Exception):
-    """The hub could not be asked or gave no answer; `error` says why."""
-
-    def __init__(self, error: HubError) -> None:
-        super().__init__(error.message)
-        self.error = error
-
-
-class _NoSuchFileError(HubError):
-    """The repository is there, the file is not."""
 
 
 def load_model(name: str, flags: ServerFlags, *, hub: Hub | None = None) -> Model:
@@ -177,7 +168,9 @@ def _files(name: str, flags: ServerFlags, hub: Hub) -> _Files:
     if name.startswith((".", "/", "~", "\\")) or name.count("/") > 1:
         raise ModelError(f"there is no folder {name!r}", "give a folder with config.json, or OWNER/NAME on the hub")
     known = _catalogued(name)
-    if _HUB_ID.fullmatch(name) and ".." not in name and "--" not in name:
+    if is_hub_id(name):
+        if uses_modelscope():
+            return _from_modelscope(name, flags, hub, known)
         return _from_hub(name, flags, hub, known)
     if known is None:
         close = get_close_matches(name.lower(), list(_catalogue()), n=3, cutoff=0.5)
@@ -217,7 +210,7 @@ def _from_hub(name: str, flags: ServerFlags, hub: Hub, known: CatalogueEntry | N
     """From the hub, or where that is out of reach from the catalogue."""
     try:
         config, commit = _fetch(name, "config.json", flags.revision, hub)
-    except _UnreachableError as out:
+    except UnreachableError as out:
         if known is None:
             raise out.error from None
         return _from_catalogue(known, f"{out.error.message}; ")
@@ -225,12 +218,43 @@ def _from_hub(name: str, flags: ServerFlags, hub: Hub, known: CatalogueEntry | N
     quant: Mapping[str, Any] | None = None
     try:
         quant = read_json(_fetch(name, "hf_quant_config.json", flags.revision, hub)[0])
-    except _NoSuchFileError:
+    except NoSuchFileError:
         pass  # most models have none
-    except _UnreachableError:
+    except UnreachableError:
         # SGLang takes it as not there as well (model_config.py:1200-1211).
         note = "the hub is out of reach: config.json is the cache's, which has no hf_quant_config.json"
     return _Files(parsed, quant, commit or flags.revision, Source.HUB, note)
+
+
+def _from_modelscope(name: str, flags: ServerFlags, hub: Hub, known: CatalogueEntry | None) -> _Files:
+    """From ModelScope's cache or by its client, as SGLang does (server_args.py:4095-4160); else from the catalogue."""
+    try:
+        config = _before(hub.deadline_s, lambda late: _modelscope_file(name, "config.json", flags))
+    except ImportError:
+        fault = HubError("SGLANG_USE_MODELSCOPE is set, and there is no modelscope here", "pip install modelscope")
+    except Exception as error:  # the client's own, its transport's, or the deadline
+        what = f"ModelScope gave no config.json of {name} ({type(error).__name__})"
+        fault = HubError(what, "check the name and the network, or unset SGLANG_USE_MODELSCOPE")
+    else:
+        quant: Mapping[str, Any] | None = None
+        with contextlib.suppress(Exception):  # most models have none
+            found = _before(hub.deadline_s, lambda late: _modelscope_file(name, "hf_quant_config.json", flags))
+            quant = read_json(found)
+        return _Files(read_json(config), quant, flags.revision, Source.HUB)
+    if known is None:
+        raise fault
+    return _from_catalogue(known, f"{fault.message}; ")
+
+
+def _modelscope_file(name: str, filename: str, flags: ServerFlags) -> Path:
+    from modelscope.hub.file_download import model_file_download
+    from modelscope.utils.file_utils import get_model_cache_root
+
+    for root in filter(None, (get_model_cache_root(), flags.download_dir)):
+        path = Path(root, name, filename)
+        if path.is_file():
+            return path
+    return Path(model_file_download(name, filename, revision=flags.revision, cache_dir=flags.download_dir))
 
 
 # --- the hub ----------------------------------------------------------------------------------------------------
@@ -241,14 +265,14 @@ def _fetch(name: str, filename: str, revision: str | None, hub: Hub) -> tuple[Pa
 
     Raises:
         HubError: the hub says no.
-        _UnreachableError: it says nothing, and the cache does not have the file.
+        UnreachableError: it says nothing, and the cache does not have the file.
     """
     try:
         return _before(hub.deadline_s, lambda late: _download(name, filename, revision, hub, late))
-    except (HubError, _UnreachableError):
+    except (HubError, UnreachableError):
         raise
     except Exception as error:  # the client's own, its transport's (which differs by version), or a full disk
-        raise _refusal(name, filename, revision, error) from None
+        raise refusal(name, revision, error, filename) from None
 
 
 def _download(
@@ -256,29 +280,31 @@ def _download(
 ) -> tuple[Path, str | None]:
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
-    def cached() -> Path:
-        path = hf_hub_download(
-            name, filename, revision=revision, cache_dir=hub.cache, token=hub.token, local_files_only=True
+    def cached() -> tuple[Path, str | None]:
+        path = Path(
+            hf_hub_download(
+                name, filename, revision=revision, cache_dir=hub.cache, token=hub.token, local_files_only=True
+            )
         )
-        return Path(path)
+        return path, commit_of(path) or revision
 
     if constants.HF_HUB_OFFLINE:
-        return cached(), revision
+        return cached()
     url = hf_hub_url(name, filename, revision=revision, endpoint=hub.endpoint)
     try:
         about = get_hf_file_metadata(url, token=hub.token, timeout=hub.timeout_s)
     except Exception as error:
-        refusal = _refusal(name, filename, revision, error)
-        if not isinstance(refusal, _UnreachableError):
-            raise refusal from None
+        refused = refusal(name, revision, error, filename)
+        if not isinstance(refused, UnreachableError):
+            raise refused from None
         try:
-            return cached(), revision
+            return cached()
         except Exception:  # not in the cache either: the first fault is the one to tell
-            raise refusal from None
+            raise refused from None
     if about.size is not None and about.size > MAX_CONFIG_BYTES:
         raise HubError(f"{name}: {filename} on the hub is larger than {MAX_CONFIG_BYTES >> 20} MiB")
     if late.is_set():  # nobody waits any more: spare the client's own retries
-        raise _UnreachableError(HubError(f"the hub was too slow for {name}", _OFFLINE_HINT))
+        raise UnreachableError(HubError(f"the hub was too slow for {name}", OFFLINE_HINT))
     path = hf_hub_download(
         name,
         filename,
@@ -292,7 +318,7 @@ def _download(
 
 
 def _before(seconds: float, task: Callable[[threading.Event], _T]) -> _T:
-    """The task's result, or `_UnreachableError` after that many seconds, however slowly bytes trickle in.
+    """The task's result, or `UnreachableError` after that many seconds, however slowly bytes trickle in.
 
     The task is given an event that says that nobody waits for it any more.
     """
@@ -313,53 +339,8 @@ def _before(seconds: float, task: Callable[[threading.Event], _T]) -> _T:
     if faults:
         raise faults[0]
     if not results:
-        raise _UnreachableError(HubError(f"the hub gave no answer within {seconds:g} s", _OFFLINE_HINT))
+        raise UnreachableError(HubError(f"the hub gave no answer within {seconds:g} s", OFFLINE_HINT))
     return results[0]
-
-
-_OFFLINE_HINT = "check the network and HF_ENDPOINT, or give --model a folder"
-
-# What the hub's status codes mean to a user.
-_STATUS: Mapping[int, tuple[str, str]] = {
-    401: ("is not there, or needs a token that may read it", "check the name, or set HF_TOKEN"),
-    403: ("is gated, and this token may not read it", "accept its terms on the hub and set HF_TOKEN"),
-    404: ("is not on the hub", "check the name and --revision"),
-    429: ("cannot be read now: too many requests", "wait a few minutes, or set HF_TOKEN"),
-}
-
-
-def _refusal(name: str, filename: str, revision: str | None, error: Exception) -> HubError | _UnreachableError:
-    """A client's exception in our own words, without addresses or tokens."""
-    from huggingface_hub import errors
-
-    at = f"{name} at revision {revision}" if revision else name
-    for kind, status in (
-        (errors.GatedRepoError, 403),
-        (errors.RevisionNotFoundError, 404),
-        (errors.RepositoryNotFoundError, 401),
-    ):
-        if isinstance(error, kind):
-            known = _status(error) if kind is errors.RepositoryNotFoundError else status
-            what, hint = _STATUS.get(known, _STATUS[status])
-            return HubError(f"{at} {what}", hint)
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return _UnreachableError(HubError(f"{at} is not in the cache, and the hub is out of reach", _OFFLINE_HINT))
-    if isinstance(error, errors.EntryNotFoundError):
-        return _NoSuchFileError(f"{at} has no {filename}", "moefix needs a model in Hugging Face's format")
-    if isinstance(error, errors.HFValidationError):
-        return HubError(f"{at} is no name that the hub takes", "check the name and --revision")
-    status_code = _status(error)
-    if status_code in _STATUS:
-        what, hint = _STATUS[status_code]
-        refused = HubError(f"{at} {what}", hint)
-        return _UnreachableError(refused) if status_code == 429 else refused
-    said = f"answered with status {status_code}" if status_code else "is out of reach"
-    return _UnreachableError(HubError(f"the hub {said} for {at}", _OFFLINE_HINT))
-
-
-def _status(error: Exception) -> int:
-    code = getattr(getattr(error, "response", None), "status_code", 0)
-    return code if isinstance(code, int) else 0
 
 
 # --- the catalogue ----------------------------------------------------------------------------------------------
@@ -444,10 +425,19 @@ def _whole(digits: str) -> int:
     return int(digits)
 
 
+def _told(text: str) -> str:
+    """A text as a person may be shown it: no control characters for the terminal, no half characters, not endless."""
+    if len(text) <= _MAX_TEXT and text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else _BAD_CHARACTER for c in text[:_MAX_TEXT])
+
+
 def _frozen(value: Any) -> Any:
     """The same value, read-only all through; nesting is bounded before."""
     if isinstance(value, Mapping):
-        return MappingProxyType({str(key): _frozen(item) for key, item in value.items()})
+        return MappingProxyType({_told(str(key)): _frozen(item) for key, item in value.items()})
+    if isinstance(value, str):
+        return _told(value)
     return tuple(_frozen(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
@@ -471,7 +461,7 @@ def _overridden(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> Mapp
 def _architecture(config: Mapping[str, Any]) -> str:
     names = config.get("architectures")
     first = names[0] if isinstance(names, tuple) and names else None
-    if not isinstance(first, str) or not first or len(first) > 200 or not first.isprintable():
+    if not isinstance(first, str) or not first or len(first) > 200 or _BAD_CHARACTER in first:
         raise ModelError("config.json names no architecture", "is it the config of a language model?")
     return first
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol, TextIO
+from typing import TYPE_CHECKING, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
 
 PLAIN_INTERVAL = 5.0
 """Seconds between two plain lines of the same phase."""
@@ -89,7 +94,15 @@ def terminal_progress(*, quiet: bool = False) -> Iterator[Progress]:
 
     columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Bars(*columns, TextColumn("{task.fields[detail]}"), console=Console(stderr=True), transient=True) as bars:
-        yield _Bar(bars)
+        _screen.append(bars)
+        try:
+            yield _Bar(bars)
+        finally:
+            _screen.remove(bars)
+
+
+_screen: list[RichProgress] = []
+"""The bars that are on the terminal now, so that what else goes on can show itself under them."""
 
 
 class _Bar:
@@ -100,10 +113,10 @@ class _Bar:
 
         assert isinstance(bars, Bars)
         self._bars = bars
-        self._task = bars.add_task("", total=None, detail="")
+        self._task = bars.add_task("", total=None, detail="", visible=False)
 
     def phase(self, name: str, total: int) -> None:
-        self._bars.reset(self._task, description=name, total=total, detail="")
+        self._bars.reset(self._task, description=name, total=total, detail="", visible=True)
 
     def advance(self, detail: str = "", total: int | None = None) -> None:
         if total is not None:
@@ -112,3 +125,67 @@ class _Bar:
 
     def note(self, line: str) -> None:
         self._bars.console.print(f"moefix: {line}", markup=False, highlight=False)
+
+
+RATE_WINDOW = 10.0
+"""Seconds over which a rate is taken."""
+
+
+class Transfer:
+    """Tells how far a transfer is while other work goes on: a bar under the other work's on a terminal, else lines.
+
+    Args:
+        name: what is going on ("download").
+        quiet: tell nothing.
+        stream: where the lines go.
+        now: the monotonic clock, in seconds.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        quiet: bool = False,
+        stream: TextIO | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._name, self._quiet, self._now = name, quiet, now
+        self._stream = stream if stream is not None else sys.stderr
+        self._samples: deque[tuple[float, int]] = deque()
+        self._said = now()
+        self._bars: RichProgress | None = None
+        self._task: TaskID | None = None
+
+    def update(self, done: int, total: int) -> None:
+        """Bytes that are there, of how many."""
+        now = self._now()
+        self._samples.append((now, done))
+        while self._samples[0][0] < now - RATE_WINDOW and len(self._samples) > 2:
+            self._samples.popleft()
+        if self._quiet:
+            return
+        if self._stream.isatty():
+            self._show(done, total)
+        elif now - self._said >= PLAIN_INTERVAL:
+            self._said = now
+            print(f"moefix: {self.line(done, total)}", file=self._stream, flush=True)
+
+    def line(self, done: int, total: int) -> str:
+        """How far it is, in one line."""
+        (since, before), (now, last) = self._samples[0], self._samples[-1]
+        rate = (last - before) / (now - since) if now > since else 0.0
+        left = f", about {(total - done) / rate:.0f} s left" if rate > 0 else ""
+        return f"{self._name}: {gigabytes(done)[:-3]} of {gigabytes(total)}, {rate / 1e6:.0f} MB/s{left}"
+
+    def _show(self, done: int, total: int) -> None:
+        bars = next(iter(_screen), None)
+        if bars is None:
+            return
+        if self._bars is not bars or self._task is None:
+            self._bars, self._task = bars, bars.add_task(f"{self._name} (MB)", total=None, detail="")
+        bars.update(self._task, completed=done // 10**6, total=max(1, total // 10**6))
+
+
+def gigabytes(count: int) -> str:
+    """A number of bytes for people: "12.3 GB"."""
+    return f"{count / 1e9:.1f} GB" if count >= 5e7 else f"{count / 1e9:.3f} GB"

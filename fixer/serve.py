@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from fixer.errors import MoefixError
+from fixer.ask import as_asked
+from fixer.baked import find_kept, is_baked, with_baked_command
+from fixer.download import downloading
+from fixer.errors import MoefixError, StoreError, TuneError, told
 from fixer.install import Installation, Pair, install_pair
-from fixer.launch import MoefixOptions, become_server, split_flags
-from fixer.progress import terminal_progress
+from fixer.launch import MoefixOptions, become_server, reachable, split_flags
+from fixer.progress import Progress, terminal_progress
+from fixer.proof import relay_settings, server_url
+from fixer.sglang_tree import own_choices
 from fixer.situation import TUNABLE, Situation, look_around
+from fixer.status import Board, OnBoard, Phase, new_board, posted
 from fixer.store import Artefact, Decision, data_home, find_artefact, save_artefact
 from fixer.workload import Workload
 
 if TYPE_CHECKING:
-    from fixer.plan import Plan
+    from fixer.plan import CompileFunction, Plan
 
 
 def serve(argv: Sequence[str]) -> NoReturn:
@@ -27,18 +36,33 @@ def serve(argv: Sequence[str]) -> NoReturn:
         MoefixError: what makes serving pointless (no such model, no card, no SGLang). A failed tuning is a warning,
             and an error only with --moefix-strict.
     """
-    options, server_flags = split_flags(argv)
-    say = Voice(quiet=options.quiet)
-    home = data_home(options.home)
+    options, server_flags = split_flags(with_baked_command(argv))
+    home = home_or_passing(options, Voice(quiet=options.quiet))
+    with posted(new_board(home)) as board:
+        serve_told(server_flags, options, home, board)
+    raise AssertionError("serving returned")
+
+
+def serve_told(server_flags: Sequence[str], options: MoefixOptions, home: Path, board: Board) -> NoReturn:
+    """The same, with everything that others may want to know of it on a board."""
+    say = Voice(quiet=options.quiet, board=board)
     situation = look_around(server_flags, home=home, sglang_root=options.sglang_root, smem_limit=options.smem_limit)
-    installations = prepare(situation, options, home, say)
+    board.update(model=situation.model.name, revision=situation.model.revision or "")
+    skip = options.skip_download or options.dry_run
+    with downloading(situation.model, situation.flags, home, say, board, skip=skip) as download:
+        situation = as_asked(situation, server_flags, options, home, say)
+        installations = prepare(situation, options, home, say)
+        download.wait()
     environment = {name: value for installation in installations for name, value in installation.env}
     if options.dry_run:
         say.line("dry run: the server is not started")
         sys.exit(0)
     if "fixer.compile_pool" in sys.modules:
         sys.modules["fixer.compile_pool"].end_helpers()
-    become_server(server_flags, environment.items())
+    files = [name for each in installations for name in (each.gate_up_path.name, each.down_path.name)]
+    board.update(phase=Phase.SERVING, detail="SGLang is starting", files=tuple(files), url=server_url(situation.flags))
+    relay = relay_settings(situation, installations, home, board.path, quiet=options.quiet)
+    become_server(reachable(server_flags, situation.flags.host), environment.items(), relay)
 
 
 @dataclass(frozen=True)
@@ -46,6 +70,7 @@ class Voice:
     """What moefix says on standard error; `quiet` leaves only warnings."""
 
     quiet: bool = False
+    board: Board | None = None
 
     def line(self, text: str) -> None:
         """Something that is good to know."""
@@ -55,6 +80,43 @@ class Voice:
     def warning(self, text: str) -> None:
         """Something that must be known."""
         print(f"moefix: {text}", file=sys.stderr, flush=True)
+
+    def follow(self, progress: Progress) -> Progress:
+        """Have the board show a piece of work's progress too."""
+        return progress if self.board is None else OnBoard(progress, self.board)
+
+
+def home_or_passing(options: MoefixOptions, say: Voice) -> Path:
+    """The data folder; where it cannot be written a passing one, since a server is worth more than what is kept.
+
+    Raises:
+        StoreError: it cannot be written, and --moefix-strict is on, or there is no place for a passing one either.
+    """
+    try:
+        return data_home(options.home)
+    except StoreError as fault:
+        if options.strict:
+            raise
+        say.warning(f"{fault.message}; nothing is kept for the next start. {fault.hint}")
+        try:
+            return passing_folder()
+        except OSError as none:
+            raise fault from none
+
+
+def passing_folder() -> Path:
+    """A folder that goes when this process ends, but not when it becomes the server, which may need what is in it.
+
+    Raises:
+        OSError: there is no place for one.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="moefix-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+SCRATCH_BYTES = 16 << 20
+"""What a plan's compiled kernels need of the data folder."""
 
 
 def prepare(situation: Situation, options: MoefixOptions, home: Path, say: Voice) -> list[Installation]:
@@ -72,12 +134,22 @@ def prepare(situation: Situation, options: MoefixOptions, home: Path, say: Voice
             artefact = artefact_for(situation, kind, decision.workload, options, home, say)
             if artefact is not None:
                 installations.append(install(artefact, situation, home, say))
-        except MoefixError as error:
+        except Exception as error:  # foreseen or not: a server that starts is worth more than a tuning
             if options.strict:
-                raise
-            say.warning(f"{error.message} {error.hint}".strip())
+                raise foreseen(error) from error
+            fault = foreseen(error)
+            say.warning(f"{fault.message} {fault.hint}".strip())
+            artefact = None
+        if artefact is None:
             installations += fitting_instead(situation, kind, home, say)
     return installations
+
+
+def foreseen(error: Exception) -> MoefixError:
+    """The error itself, or one line for an error that nobody foresaw."""
+    if isinstance(error, MoefixError):
+        return error
+    return TuneError(f"Tuning ended with an error in moefix itself: {told(error)}.", "Please report that line.")
 
 
 def artefact_for(
@@ -87,20 +159,24 @@ def artefact_for(
     from fixer.tune import covers, environment_of
 
     environment = environment_of(situation.tree, situation.cards[kind][0])
-    found = find_artefact(home, environment, workload)
+    rows = situation.rows(kind)
+    found = find_kept(home, environment, workload, rows)
     for damaged in found.damaged:
         say.warning(str(damaged))
-    rows = situation.rows(kind)
     if found.artefact is not None and not options.fresh:
+        if not found.artefact.measured:
+            say.line("these configurations fit this card and were not measured; --moefix-fresh tunes on it")
+            return found.artefact
         if covers(found.artefact, rows):
             say.line(f"tuned before on {found.artefact.created}: nothing to measure")
             return found.artefact
         say.line("tuned before, but this server runs batch sizes that it does not know: tuning those")
     elif found.mismatch is not None:
-        say.line(f"an earlier tuning is not used: {'; '.join(found.mismatch.reasons)}")
+        whose = "this image's tuning" if is_baked(found.mismatch.path) else "an earlier tuning"
+        say.line(f"{whose} is not used: {'; '.join(found.mismatch.reasons)}")
     if options.skip_tune:
         return found.artefact
-    wish = Wish(with_rows_of(found.artefact, rows), fresh=options.fresh)
+    wish = Wish(with_rows_of(found.artefact, rows), fresh=options.fresh, known=found.artefact, must_keep=options.strict)
     return tune_kind(situation, kind, wish, home, say)
 
 
@@ -112,44 +188,89 @@ def with_rows_of(kept: Artefact | None, rows: Sequence[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Wish:
-    """What is to be measured: the rows; from scratch or not; the whole space or a search; recorded or not."""
+    """What is to be measured.
+
+    Attributes:
+        rows: every M.
+        fresh: from scratch.
+        exhaustive: the whole space, not a search.
+        record: where to write every time, None for nowhere.
+        known: the kept artefact that the caller looked at, if any: a newer one is another moefix's answer.
+        must_keep: an artefact that cannot be kept is an error.
+    """
 
     rows: tuple[int, ...]
     fresh: bool = False
     exhaustive: bool = False
     record: Path | None = None
+    known: Artefact | None = None
+    must_keep: bool = False
 
 
 def tune_kind(situation: Situation, kind: int, wish: Wish, home: Path, say: Voice) -> Artefact:
-    """Measure, and keep the result."""
-    from fixer.tune import Job, geometric_gain, tune
+    """Measure, and keep the result; or take what another moefix on this volume has just measured."""
+    from fixer.report import report_after_tuning
+    from fixer.tune import Job, geometric_gain, state_of_cards, tune, turn
     from fixer.tuning.recording import write_recording
+    from fixer.vet import set_damaged_aside
 
     workload = situation.decisions[kind].workload
     assert workload is not None
-    job = Job(
-        tree=situation.tree,
-        workload=workload,
-        cards=situation.cards[kind],
-        rows=wish.rows,
-        model=situation.model.name,
-        revision=situation.model.revision or "",
-        home=home,
-        exhaustive=wish.exhaustive,
-        fresh=wish.fresh,
-        layer_package=importable_package(situation),
-    )
-    with terminal_progress(quiet=say.quiet) as progress:
+    card = situation.cards[kind][0]
+    with terminal_progress(quiet=say.quiet) as bars, turn(home, card, progress := say.follow(bars)):
+        finished = finished_meanwhile(situation, kind, wish, home)
+        if finished is not None:
+            say.line(f"another moefix has tuned this, on {finished.created}: nothing to measure")
+            return finished
+        vetted = set_damaged_aside(situation.tree, workload, card)
+        for bad in vetted.bad:
+            say.warning(str(bad))
+        job = Job(
+            tree=vetted.tree,
+            workload=workload,
+            cards=situation.cards[kind],
+            rows=wish.rows,
+            model=situation.model.name,
+            revision=situation.model.revision or "",
+            home=home,
+            exhaustive=wish.exhaustive,
+            fresh=wish.fresh,
+            layer_package=importable_package(situation),
+        )
+        for note in state_of_cards(job):
+            say.warning(note)
         tuned = tune(job, progress)
+        keep(tuned.artefact, home, wish, say)
     for note in tuned.notes:
         say.warning(note)
-    save_artefact(home, tuned.artefact)
     if wish.record is not None:
         count = write_recording(wish.record, tuned.looks, tuned.timings)
         say.line(f"recorded {count} times in {wish.record}")
     say.line(verdict(tuned.artefact, geometric_gain(tuned.artefact)))
     say.line("time: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in tuned.timeline.items()))
+    say.line(report_after_tuning(home, tuned.artefact, situation.tree))
     return tuned.artefact
+
+
+def finished_meanwhile(situation: Situation, kind: int, wish: Wish, home: Path) -> Artefact | None:
+    """What another moefix kept while this one waited for its turn, if it has every row that is wished for."""
+    from fixer.tune import covers, environment_of
+
+    workload = situation.decisions[kind].workload
+    if workload is None or wish.fresh or wish.exhaustive or wish.record is not None:
+        return None
+    found = find_artefact(home, environment_of(situation.tree, situation.cards[kind][0]), workload).artefact
+    return found if found not in (None, wish.known) and covers(found, wish.rows) else None
+
+
+def keep(artefact: Artefact, home: Path, wish: Wish, say: Voice) -> None:
+    """Keep an artefact; where that fails it still serves this start, unless it must be kept."""
+    try:
+        save_artefact(home, artefact)
+    except StoreError as fault:
+        if wish.must_keep:
+            raise
+        say.warning(f"the tuning is used now and not kept: {fault.message}. {fault.hint}")
 
 
 def importable_package(situation: Situation) -> Path | None:
@@ -170,13 +291,7 @@ def verdict(artefact: Artefact, gain: float | None) -> str:
 
 def install(artefact: Artefact, situation: Situation, home: Path, say: Voice) -> Installation:
     """Put an artefact's pair of files where SGLang looks."""
-    pair = Pair(
-        artefact.gate_up_file,
-        artefact.down_file,
-        {row.batch: row.gate_up for row in artefact.rows},
-        {row.batch: row.down for row in artefact.rows},
-    )
-    installation = install_pair(situation.tree.triton_folder, pair, home, situation.tree.version)
+    installation = install_pair(situation.tree.triton_folder, Pair.of(artefact), home, situation.tree.version)
     for note in installation.notes:
         say.line(note)
     say.line(f"installed {installation.gate_up_path} and {installation.down_path.name}")
@@ -184,24 +299,65 @@ def install(artefact: Artefact, situation: Situation, home: Path, say: Voice) ->
 
 
 def fitting_instead(situation: Situation, kind: int, home: Path, say: Voice) -> list[Installation]:
-    """After a failed tuning: SGLang's own configuration where it fits the card, else one that was compiled to fit."""
-    from fixer.compiled import CompileCache
-    from fixer.plan import Verdict, compiler_for, make_plan
+    """Without a tuning: SGLang's own configuration where it fits the card, else one that was compiled to fit.
 
-    card = situation.cards[kind][0]
+    Whatever SGLang would read and could not run is moved aside first; where it cannot be, something is put before it.
+    """
+    from fixer.compiled import CompileCache
+    from fixer.plan import compiler_for, make_plan, write_plan
+    from fixer.vet import vet
+
+    card, workload = situation.cards[kind][0], situation.decisions[kind].workload
+    assert workload is not None
     try:
+        scratch = home if shutil.disk_usage(home).free >= SCRATCH_BYTES else passing_folder()
         with CompileCache(home) as cache:
-            compiler = compiler_for(situation.tree, card, home, cache)
-            plan = make_plan(situation.model, situation.flags, card, situation.tree, compiler)
-        pair = fitting_pair(plan) if plan.verdict is Verdict.OUT_OF_RESOURCES else None
+            compiler = compiler_for(situation.tree, card, scratch, cache)
+            vetted = vet(situation.tree, workload, card, situation.rows(kind), compiler)
+            for bad in vetted.bad:
+                say.warning(str(bad))
+            if vetted.fits and not vetted.is_stuck:
+                say.warning("serving with SGLang's own configuration, which fits this card")
+                return []
+            left = replace(situation, tree=vetted.tree)
+            if not vetted.tree.reads_down_file:
+                joint = write_plan(
+                    make_plan(left.model, left.flags, card, left.tree, compiler), left.tree.triton_folder
+                )
+                say.warning(f"serving with a configuration that fits this card and was not measured: {joint[0]}")
+                return []
+            pair = safe_pair(left, kind, compiler, fits=bool(vetted.fits))
         if pair is None:
-            say.warning("serving with SGLang's own configuration, which fits this card")
+            say.warning("serving with SGLang's own configuration, which may not run: nothing is known to fit this card")
             return []
         say.warning("serving with a configuration that fits this card and was not measured")
-        return [install_pair(situation.tree.triton_folder, pair, home, situation.tree.version)]
-    except MoefixError as error:
-        say.warning(f"serving with SGLang's own configuration: {error.message}")
+        return [install_pair(vetted.tree.triton_folder, pair, home, vetted.tree.version)]
+    except Exception as error:  # as in `prepare`
+        say.warning(f"serving with SGLang's own configuration, which was not checked: {foreseen(error).message}")
         return []
+
+
+def safe_pair(situation: Situation, kind: int, compiler: CompileFunction, *, fits: bool) -> Pair | None:
+    """A pair of files that the card can run, for a release that reads two; None where nothing is known to fit.
+
+    Args:
+        fits: SGLang's own choices do: then they are written out, to stand before a file that could not be moved away.
+    """
+    from fixer.plan import make_plan
+
+    card, workload, tree = situation.cards[kind][0], situation.decisions[kind].workload, situation.tree
+    assert workload is not None
+    if not fits:
+        return fitting_pair(make_plan(situation.model, situation.flags, card, tree, compiler))
+    lookup = tree.lookup(workload, card)
+    choose = own_choices(tree, lookup, workload, card)
+    own = {tokens: choose(tokens) for tokens in situation.rows(kind)}
+    return Pair(
+        lookup.gate_up,
+        lookup.down,
+        {tokens: replace(choice.gate_up, use_tma=False) for tokens, choice in own.items()},
+        {tokens: choice.down for tokens, choice in own.items()},
+    )
 
 
 def fitting_pair(plan: Plan) -> Pair | None:
@@ -232,7 +388,9 @@ def tune_only(
 
     say = Voice(quiet=options.quiet)
     home = data_home(options.home)
+    argv = with_baked_command(argv)
     situation = look_around(argv, home=home, sglang_root=options.sglang_root, smem_limit=options.smem_limit)
+    situation = as_asked(situation, argv, options, home, say)
     artefacts = []
     for kind, decision in enumerate(situation.decisions):
         card = situation.cards[kind][0]
@@ -240,9 +398,11 @@ def tune_only(
         if decision.outcome not in TUNABLE or decision.workload is None:
             say.warning("nothing to tune")
             continue
-        found = None if options.fresh else find_artefact(home, environment_of(situation.tree, card), decision.workload)
-        rows = with_rows_of(found.artefact if found else None, situation.rows(kind))
-        wish = Wish(rows, options.fresh, exhaustive, record)
+        rows, known = situation.rows(kind), None
+        if not options.fresh:
+            known = find_kept(home, environment_of(situation.tree, card), decision.workload, rows).artefact
+            rows = with_rows_of(known, rows)
+        wish = Wish(rows, options.fresh, exhaustive, record, known, must_keep=True)
         artefact = tune_kind(situation, kind, wish, home, say)
         for name, value in install(artefact, situation, home, say).env:
             say.warning(f"SGLang's tree cannot be written: start the server with {name}={value}")

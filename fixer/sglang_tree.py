@@ -23,7 +23,7 @@ from enum import Enum
 from functools import cached_property
 from pathlib import Path
 
-from fixer.errors import SGLangError
+from fixer.errors import SGLangError, harmless
 from fixer.gpu import Card
 from fixer.workload import NumberFormat, Projection, Tile, Workload
 
@@ -49,6 +49,14 @@ class Release:
     triton: str
     python: str
     wheel_sha256: str
+
+    def folder(self, cache: Path) -> Path:
+        """Where the fetched release is kept."""
+        return cache / "sglang" / f"{self.version}-{self.wheel_sha256[:12]}"
+
+    def is_kept(self, cache: Path) -> bool:
+        """Whether it was fetched before."""
+        return (self.folder(cache) / "complete").exists()
 
 
 PINNED = "0.5.17"
@@ -123,7 +131,7 @@ class TuningFile:
 
 
 _FILE_NAME = re.compile(
-    r"E=(?P<E>\d+),N=(?P<N>\d+),device_name=(?P<device>[^,]+)(,dtype=(?P<dtype>\w+?))?"
+    r"E=(?P<E>\d+),N=(?P<N>\d+),device_name=(?P<device>[^,]+?)(,dtype=(?P<dtype>\w+?))?"
     r"(,block_shape=\[(?P<bn>\d+), ?(?P<bk>\d+)\])?(?P<channel>,per_channel_quant=True)?(?P<down>_down)?\.json"
 )
 
@@ -136,11 +144,13 @@ class Tree:
         package: the folder.
         version: SGLang's version ("0.5.17").
         triton: the Triton version that names the folder of tuning files.
+        ignored: tuning files to look past: they are bad and could not be moved away (`fixer.vet`).
     """
 
     package: Path
     version: str
     triton: str
+    ignored: frozenset[Path] = frozenset()
 
     @cached_property
     def configs(self) -> Path:
@@ -243,7 +253,8 @@ class Tree:
         return [self.triton_folder, *(folder for folder in others if folder != self.triton_folder)]
 
     def _find(self, name: str) -> Path | None:
-        return next((folder / name for folder in self._folders() if (folder / name).exists()), None)
+        paths = (folder / name for folder in self._folders())
+        return next((path for path in paths if path not in self.ignored and path.exists()), None)
 
     def _find_before_moefix(self, name: str) -> Path | None:
         for folder in self._folders():  # moefix may have tuned under an earlier Triton too
@@ -252,7 +263,7 @@ class Tree:
                 before = folder / name
             elif before.stat().st_size == 0:
                 continue  # there was no file of that name here, so SGLang went on to the other folders
-            if before.exists():
+            if before not in self.ignored and before.exists():
                 return before
         return None
 
@@ -292,6 +303,50 @@ class Tree:
 
 
 _FORMATS = {number_format.value for number_format in NumberFormat}
+
+_WEIGHT_ONLY = (NumberFormat.INT4_W4A16, NumberFormat.INT8_W8A16)
+
+MOST_SHARED = 4
+"""More shared experts than this are fused into no model; a larger difference in E has another cause."""
+
+
+def workload_of_name(name: str, base: Workload) -> Workload:
+    """The layer that a tuning file's name speaks of.
+
+    Args:
+        name: a gate-up file's name, as SGLang asked for it.
+        base: the layer that the rules worked out, for what a name does not say: hidden size, experts a token, groups.
+
+    Raises:
+        ValueError: it is no such name, or its number format is one that moefix cannot tune.
+    """
+    match = _FILE_NAME.fullmatch(name)
+    if match is None or match["down"]:
+        raise ValueError(f"{name[:120]!r} is no name of a gate-up file that moefix can read")
+    if (match["dtype"] or "none") not in _FORMATS - {NumberFormat.FLOAT32.value}:
+        raise ValueError(f"moefix cannot tune the number format {match['dtype']} of {name[:120]}")
+    number_format = NumberFormat(match["dtype"] or "none")
+    if number_format in _WEIGHT_ONLY and base.number_format is not number_format:
+        raise ValueError(f"{name[:120]} does not say the group size of its {number_format.value} weights")
+    experts, width = int(match["E"][:9]), int(match["N"][:9])
+    if not (1 <= experts <= 1 << 16 and 1 <= width <= 1 << 20):
+        raise ValueError(f"{name[:120]} has sizes that no layer has")
+    keeps_groups = number_format in _WEIGHT_ONLY
+    fused = experts - base.experts if abs(experts - base.experts) <= MOST_SHARED else 0
+    whole = base.experts * base.ep_size
+    return replace(
+        base,
+        experts=experts,
+        intermediate=width,
+        # Fused shared experts count twice: as experts, and as one choice of every token each.
+        top_k=min(max(1, base.top_k + fused), experts if base.ep_size == 1 else whole),
+        ep_size=base.ep_size if fused or whole % experts else whole // experts,
+        number_format=number_format,
+        block_shape=(int(match["bn"][:6]), int(match["bk"][:6])) if match["bn"] else None,
+        per_channel_quant=bool(match["channel"]),
+        group_size=base.group_size if keeps_groups else 0,
+        has_zero_points=base.has_zero_points and keeps_groups,
+    )
 
 
 def _triton_folder(triton: str) -> str:
@@ -467,8 +522,8 @@ def fetched_tree(version: str, cache: Path) -> Tree:
             f"moefix cannot fetch SGLang {version}: it knows {', '.join(RELEASES)}.",
             "Install that release, or name its folder with --sglang-root.",
         )
-    home = cache / "sglang" / f"{version}-{release.wheel_sha256[:12]}"
-    if not (home / "complete").exists():
+    home = release.folder(cache)
+    if not release.is_kept(cache):
         _fetch(release, home)
     return Tree(home / "sglang", version, release.triton)
 
@@ -507,7 +562,7 @@ def _download(release: Release, scratch: Path) -> Path:
     if result.returncode != 0 or len(wheels) != 1:
         lines = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["pip gave no reason"]
         raise SGLangError(
-            f"pip could not fetch SGLang {release.version}: {lines[-1].removeprefix('ERROR: ')}",
+            f"pip could not fetch SGLang {release.version}: {harmless(lines[-1].removeprefix('ERROR: '))}",
             "Check that PyPI is reachable (pip's own settings are used), or name a tree with --sglang-root.",
         )
     digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()

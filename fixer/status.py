@@ -10,15 +10,20 @@ import contextlib
 import json
 import os
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime, timezone
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fixer.errors import StoreError
+from fixer.errors import MoefixError, StoreError
 from fixer.store import parse_json, read_bounded, safe_name, utc_now, write_atomically
+
+if TYPE_CHECKING:
+    from fixer.progress import Progress
 
 SCHEMA = 1
 
@@ -128,36 +133,115 @@ def state_path(home: Path, host: str, pid: int) -> Path:
     return home / "run" / f"{safe_name(host)}-{pid}.json"
 
 
+_PROGRESS = ("tuning", "download", "detail")
+
+
 class Board:
-    """This process's state, kept in its file. Writing it never fails: a server is worth more than a note about it.
+    """A process's state, kept in its file. Writing it never fails: a server is worth more than a note about it.
 
     Args:
-        home: the data folder.
+        status, path: the state so far, and its file.
         now: the monotonic clock, in seconds.
     """
 
-    def __init__(self, home: Path, now: Callable[[], float] = time.monotonic) -> None:
-        began = utc_now()
-        self.status = Status(socket.gethostname(), os.getpid(), began, began)
-        self.path = state_path(home, self.status.host, self.status.pid)
+    def __init__(self, status: Status, path: Path, now: Callable[[], float] = time.monotonic) -> None:
+        self.status, self.path = status, path
         self._now = now
         self._written = float("-inf")
-        self._write()
+        self._turn = threading.RLock()  # the download's thread tells of itself too
 
     def update(self, **changes: Any) -> None:
         """Change some of the state's parts (see `Status`) and write it.
 
         Progress alone (`tuning`, `download`, `detail`) is written at most every half second.
         """
-        self.status = replace(self.status, **changes, updated=utc_now())
-        hurry = not changes.keys() <= {"tuning", "download", "detail"}
-        if hurry or self._now() - self._written >= WRITE_INTERVAL:
-            self._write()
+        with self._turn:
+            before = self.status
+            self.status = replace(before, **changes, updated=utc_now())
+            hurry = any(getattr(before, name) != value for name, value in changes.items() if name not in _PROGRESS)
+            if hurry or self._now() - self._written >= WRITE_INTERVAL:
+                self._write()
 
     def _write(self) -> None:
         self._written = self._now()
         with contextlib.suppress(StoreError):
             write_atomically(self.path, self.status.to_json().encode())
+
+
+def new_board(home: Path, now: Callable[[], float] = time.monotonic) -> Board:
+    """This process's board in a data folder, written; old ones of ended processes are removed.
+
+    Args:
+        home: the data folder.
+        now: the monotonic clock, in seconds.
+    """
+    began = utc_now()
+    status = Status(socket.gethostname(), os.getpid(), began, began)
+    board = Board(status, state_path(home, status.host, status.pid), now)
+    current_states(home)
+    board.update()
+    return board
+
+
+@contextlib.contextmanager
+def posted(board: Board) -> Iterator[Board]:
+    """Have the board say how it ended, if it ends: as the server the process goes on."""
+    try:
+        yield board
+    except MoefixError as fault:
+        board.update(phase=Phase.FAILED, detail=_one_line(f"{fault.message} {fault.hint}"))
+        raise
+    except (SystemExit, KeyboardInterrupt):
+        board.update(phase=Phase.ENDED)
+        raise
+    except BaseException as fault:
+        board.update(phase=Phase.FAILED, detail=_one_line(f"{type(fault).__name__}: {fault}"))
+        raise
+
+
+def _one_line(text: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in text).strip()[:1000]
+
+
+WAITING_WORDS = "another moefix is tuning"
+"""How `fixer.tune` begins its note that it waits for another process."""
+
+
+class OnBoard:
+    """Passes progress on, and keeps a board up to date with it."""
+
+    def __init__(self, progress: Progress, board: Board) -> None:
+        self._progress = progress
+        self._board = board
+        self._share = Share(0, 0, "steps")
+
+    def phase(self, name: str, total: int) -> None:
+        """A new phase begins."""
+        self._share = Share(0, max(total, 0), "steps")
+        self._board.update(phase=Phase.TUNING, detail=_one_line(name), tuning=self._share)
+        self._progress.phase(name, total)
+
+    def advance(self, detail: str = "", total: int | None = None) -> None:
+        """One step is done."""
+        done = self._share.done + 1
+        self._share = Share(done, max(total or self._share.total, done), "steps")
+        self._board.update(tuning=self._share)
+        self._progress.advance(detail, total)
+
+    def note(self, line: str) -> None:
+        """One line that stays; waiting for another process is a phase of its own."""
+        if line.startswith(WAITING_WORDS):
+            self._board.update(phase=Phase.WAITING, detail=_one_line(line))
+        self._progress.note(line)
+
+
+def resume_board(path: Path) -> Board | None:
+    """The board of a process whose state is in that file, for another one to go on with; None where there is none."""
+    try:
+        status = Status.from_json(read_bounded(path))
+    except (OSError, ValueError):
+        return None
+    return Board(status, path)
 
 
 def states(home: Path) -> tuple[Status, ...]:
@@ -167,4 +251,123 @@ def states(home: Path) -> tuple[Status, ...]:
         for path in (home / "run").glob("*.json"):
             with contextlib.suppress(OSError, ValueError):
                 found.append(Status.from_json(read_bounded(path)))
-    return tuple(sorted(found, key=lambda status: status.updated, reverse=True))
+    return tuple(sorted(found, key=lambda status: (status.updated, status.started), reverse=True))
+
+
+# --- reading them ----------------------------------------------------------------------------------------------------
+
+KEPT_SECONDS = 24 * 3600.0
+"""How long the state of a process that has ended is shown before its file is removed."""
+
+HEALTH_SECONDS = 4.0
+"""How long a server may take to answer /health."""
+
+OVER = (Phase.ENDED, Phase.FAILED)
+
+
+def current_states(home: Path) -> tuple[Status, ...]:
+    """The states in a data folder as they are now: this host's first, the newest first.
+
+    A process of this host that is gone without a word has ended; files of processes that ended long ago are removed.
+    """
+    here = socket.gethostname()
+    found = []
+    for status in states(home):
+        now = status
+        if status.host == here and status.phase not in OVER and not is_alive(status.pid):
+            now = replace(status, phase=Phase.ENDED, detail=f"gone while {status.phase.value}")
+        if now.phase in OVER and _age(status.updated) > KEPT_SECONDS:
+            with contextlib.suppress(OSError):
+                state_path(home, status.host, status.pid).unlink()
+            continue
+        found.append(now)
+    return tuple(sorted(found, key=lambda status: status.host != here))
+
+
+def _age(stamp: str) -> float:
+    """Seconds since a time as artefacts write it; 0 for one that makes no sense."""
+    try:
+        then = datetime.strptime(stamp, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
+    except ValueError:
+        return 0.0
+    return (datetime.now(timezone.utc) - then).total_seconds()
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of that id runs moefix or SGLang: ids are used again."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except (OSError, IndexError):
+        return False
+    return state != "Z" and any(word in command for word in (b"moefix", b"entrypoint.py", b"sglang"))
+
+
+def share_text(share: Share | None) -> str:
+    """How far a piece of work is, in a few words; "" where nothing is known."""
+    if share is None:
+        return ""
+    if share.total <= 0:
+        return f"{share.done} {share.unit}"
+    part = f"{100 * min(share.done, share.total) // share.total} %"
+    return part if share.unit == "bytes" else f"{part}, {share.done} of {share.total} {share.unit}"
+
+
+def summary(status: Status) -> str:
+    """The phase and how far it is, in one line."""
+    share = {Phase.TUNING: status.tuning, Phase.DOWNLOADING: status.download}.get(status.phase)
+    parts = filter(None, (share_text(share), status.detail))
+    rest = ", ".join(parts)
+    return f"{status.phase.value}: {rest}" if rest else status.phase.value
+
+
+def lines(status: Status) -> tuple[str, ...]:
+    """A state for a person, one line each."""
+    rows = (
+        ("process", f"{status.pid} on {status.host}, since {status.started}"),
+        ("phase", summary(status)),
+        ("model", f"{status.model} at {status.revision}" if status.revision else status.model),
+        ("tuned", share_text(status.tuning) if status.phase is not Phase.TUNING else ""),
+        ("download", share_text(status.download) if status.phase is not Phase.DOWNLOADING else ""),
+        *(("file", name) for name in status.files),
+        ("verdict", status.verdict),
+        ("server", status.url),
+    )
+    return tuple(f"{name:<9}{text}" for name, text in rows if text)
+
+
+def health(home: Path, seconds: float = HEALTH_SECONDS) -> tuple[bool, str]:
+    """Whether this host's server answers, and in one line what it does."""
+    here = socket.gethostname()
+    mine = [status for status in current_states(home) if status.host == here]
+    status = next((each for each in mine if each.phase not in OVER), mine[0] if mine else None)
+    if status is None:
+        return False, "no moefix runs here with this data folder"
+    if status.phase is not Phase.SERVING or not status.url:
+        return False, summary(status)
+    fault = _unhealthy(status.url, seconds)
+    return (False, f"{summary(status)}; {fault}") if fault else (True, f"healthy: {status.url}")
+
+
+def _unhealthy(url: str, seconds: float) -> str:
+    """Why a server does not answer as it should, "" where it does. Its certificate is its own affair."""
+    import http.client
+    import ssl
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(url)
+    host, port = parts.hostname or "127.0.0.1", parts.port
+    try:
+        connection = (
+            http.client.HTTPSConnection(host, port, timeout=seconds, context=ssl._create_unverified_context())  # noqa: S323
+            if parts.scheme == "https"
+            else http.client.HTTPConnection(host, port, timeout=seconds)
+        )
+        try:
+            connection.request("GET", "/health")
+            code = connection.getresponse().status
+        finally:
+            connection.close()
+    except (OSError, http.client.HTTPException) as fault:
+        return f"{url} does not answer ({getattr(fault, 'strerror', None) or type(fault).__name__})"
+    return "" if code == 200 else f"{url}/health answers {code}"

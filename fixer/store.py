@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from enum import Enum
 from pathlib import Path
@@ -46,7 +46,7 @@ def data_home(chosen: Path | None = None, environ: Mapping[str, str] = os.enviro
     Raises:
         StoreError: the folder cannot be made or written.
     """
-    home = _wanted_home(chosen, environ)
+    home = wanted_home(chosen, environ)
     make_folder(home)
     try:
         with tempfile.TemporaryFile(dir=home):
@@ -56,7 +56,12 @@ def data_home(chosen: Path | None = None, environ: Mapping[str, str] = os.enviro
     return home
 
 
-def _wanted_home(chosen: Path | None, environ: Mapping[str, str]) -> Path:
+def wanted_home(chosen: Path | None = None, environ: Mapping[str, str] = os.environ) -> Path:
+    """Where the data folder is to be; nothing is made.
+
+    Raises:
+        StoreError: this user has no home folder, and none is named.
+    """
     try:
         if chosen or environ.get("MOEFIX_HOME"):
             return Path(chosen or environ["MOEFIX_HOME"]).expanduser().absolute()
@@ -280,12 +285,12 @@ def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def set_aside(path: Path, reason: str) -> Damaged:
+def set_aside(path: Path, reason: str, label: str = "damaged") -> Damaged:
     """Move a damaged file to `<name>.damaged-<UTC>` beside it, over no other file. Never raises, never deletes."""
     stamp = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
     shown = reason if len(reason) <= 200 else reason[:197] + "..."
     for attempt in range(100):
-        target = path.with_name(f"{path.name}.damaged-{stamp}" + (f"-{attempt}" if attempt else ""))
+        target = path.with_name(f"{path.name}.{label}-{stamp}" + (f"-{attempt}" if attempt else ""))
         if os.path.lexists(target):
             continue
         try:
@@ -761,7 +766,7 @@ def save_artefact(home: Path, artefact: Artefact) -> Path:
 def find_artefact(home: Path, environment: Environment, workload: Workload) -> Found:
     """The kept artefact for this environment and workload, whatever state the folder is in. Never raises for a file.
 
-    A damaged file is moved aside and reported.
+    A damaged file is moved aside and reported. One that was not measured holds for any driver: nothing ran on one.
     """
     path = artefact_path(home, environment, workload)
     artefact, damaged = _load(path)
@@ -774,8 +779,9 @@ def find_artefact(home: Path, environment: Environment, workload: Workload) -> F
         if damaged:
             reports.append(damaged)
         if other and other.workload == workload:
-            parts = other.environment.difference(environment)
-            near.append(Mismatch(other_path, parts, other.environment.explain(environment)))
+            was = other.environment if other.measured else replace(other.environment, driver=environment.driver)
+            parts = was.difference(environment)
+            near.append(Mismatch(other_path, parts, was.explain(environment)))
             if not parts:
                 return Found(other, None, tuple(dict.fromkeys(reports)))
     return Found(None, min(near, key=lambda mismatch: len(mismatch.parts), default=None), tuple(dict.fromkeys(reports)))
@@ -795,6 +801,14 @@ def earlier_tiles(home: Path, workload: Workload, most: int = 24) -> tuple[Tile,
         if other.number_format is workload.number_format and bool(other.block_shape) == bool(workload.block_shape):
             wins.update(tile for row in artefact.rows for tile in (row.gate_up, row.down) if not tile.use_tma)
     return tuple(tile for tile, _ in wins.most_common(most))
+
+
+def kept_artefacts(home: Path) -> tuple[tuple[tuple[Path, Artefact], ...], tuple[Damaged, ...]]:
+    """Every artefact in the data folder that can be read, the newest first; and what was damaged, moved aside."""
+    loaded = [(path, *_load(path)) for path in _artefact_files(home)]
+    usable = [(path, artefact) for path, artefact, _ in loaded if artefact is not None]
+    usable.sort(key=lambda entry: entry[1].created, reverse=True)
+    return tuple(usable), tuple(damaged for _, _, damaged in loaded if damaged)
 
 
 def _artefact_files(home: Path) -> tuple[Path, ...]:

@@ -14,19 +14,21 @@ from typing import TYPE_CHECKING
 
 from fixer import __version__
 from fixer.compile_pool import AdaptiveDeadline, FixedDeadline
-from fixer.errors import MoefixError, SGLangError, TuneError
-from fixer.gpu import Card
+from fixer.errors import CardError, MoefixError, SGLangError, TuneError
+from fixer.gpu import Card, occupancy
 from fixer.kernel import Candidate, Target, read_kernel_source
+from fixer.kernel_arguments import Product
 from fixer.progress import Progress
 from fixer.sglang_tree import Lookup, Tree, own_choices
 from fixer.store import Artefact, Decision, Environment, Lock, RowChoice, earlier_tiles, safe_name, utc_now
 from fixer.tuning.finals import LEAST_GAIN, Duel, DuelRequest, KernelDuel, TilePair
 from fixer.tuning.journal import Journal, JournaledRunner, RunKey
 from fixer.tuning.process import ChildProcess, Fate, Handler
+from fixer.tuning.room import full_rotation, layer_room, needed_bytes, rotations, with_spare
 from fixer.tuning.runner import Look, look_closer, run_rounds
 from fixer.tuning.search import Limits, Search
 from fixer.tuning.seeds import seeds
-from fixer.tuning.space import Space
+from fixer.tuning.space import BOTH, Space
 from fixer.tuning.trials import Outcome, Timing
 from fixer.tuning.warm import server_candidates, server_triton_cache
 from fixer.workload import Projection, Tile, Workload
@@ -39,6 +41,18 @@ DUEL_SECONDS = 60.0
 
 EXTRA_DUELS = 2
 """How often a row that is too close to call is timed again."""
+
+LARGEST_L2 = 128 << 20
+"""Bytes: no card has a larger L2 cache (B200: 126 MiB); which this one has is known to the measuring process only."""
+
+SMALLEST_L2 = 1 << 20
+"""Bytes: no card that Triton compiles for has less (Jetson)."""
+
+SECOND_LOOK_SECONDS = 1.5
+"""The driver's load is that of up to a second before."""
+
+CONTEXTS = 1 << 30
+"""Bytes that two processes' CUDA contexts and libraries take on a card, about."""
 
 LAYER_START_SECONDS = 90.0
 """How long the finals wait for SGLang to be imported before they go on without its layer."""
@@ -143,7 +157,7 @@ class Tuned:
 
 
 def tune(job: Job, progress: Progress) -> Tuned:
-    """Search, warm the server's kernel cache, hold the finals.
+    """Search, warm the server's kernel cache, hold the finals; to be called in one's `turn`.
 
     Raises:
         MoefixError: measuring failed as a whole; what was measured is in the journal.
@@ -153,14 +167,52 @@ def tune(job: Job, progress: Progress) -> Tuned:
             f"SGLang {job.tree.version} reads one joint file for both projections, which moefix does not tune.",
             f"Use SGLang 0.5.17 or newer; `moefix plan` works for {job.tree.version} too.",
         )
-    lock = job.home / "locks" / f"{safe_name(job.card.sglang_name)}.lock"
+    return _Session(job, progress).run()
+
+
+def turn(home: Path, card: Card, progress: Progress) -> Lock:
+    """The right to tune on a kind of card, among all that share the data folder; for use in a `with` statement.
+
+    Whoever had to wait finds the other's result in the data folder: it is kept before the turn ends.
+    """
+    lock = home / "locks" / f"{safe_name(card.sglang_name)}.lock"
 
     def say_who(seconds: float, holder: str) -> None:
         if seconds < 0.5:
             progress.note(f"another moefix is tuning on this volume ({holder}); waiting for it")
 
-    with Lock(lock, waiting=say_who):
-        return _Session(job, progress).run()
+    return Lock(lock, waiting=say_who)
+
+
+def state_of_cards(job: Job) -> tuple[str, ...]:
+    """What else uses the cards, one line for each that is not free for measuring.
+
+    Raises:
+        CardError: so little memory is free that no layout of the weights fits (`tuning.room`).
+    """
+    lines: list[str] = []
+    for card in job.cards:
+        found = occupancy(card)
+        if found.is_busy:  # perhaps with the end of what another moefix did
+            time.sleep(SECOND_LOOK_SECONDS)
+            found = occupancy(card)
+        who = f"{card.name} (device {card.index or 0})"
+        if found.is_busy:
+            lines.append(
+                f"{who} is {found.busy_percent} % busy, held {found.held_by()}: its times will be less certain"
+            )
+        if found.free_mib is None:
+            continue
+        free, products = found.free_mib << 20, {p: Product(job.workload, p, job.rows[-1]) for p in BOTH}
+        state = f"{found.free_mib} of {card.memory_mib} MiB are free on {who}, which is held {found.held_by()}"
+        if rotations(products, SMALLEST_L2, free) is None:
+            raise CardError(f"Too little to tune: {state}.", "Stop what else uses the card, and try again.")
+        if (
+            with_spare(sum(needed_bytes(product, full_rotation(product, LARGEST_L2)) for product in products.values()))
+            > free
+        ):
+            lines.append(f"{state}: tuning takes smaller weights")
+    return tuple(lines)
 
 
 class _Session:
@@ -319,7 +371,7 @@ class _Session:
     def _start_layer(self, stack: ExitStack) -> ChildProcess | None:
         """Begin to import SGLang now; it takes about as long as the search."""
         job = self._job
-        if job.layer_package is None:
+        if job.layer_package is None or not self._has_room_for_layer():
             return None
         factory = partial(
             _layer_handler, job.layer_package, job.workload, job.card.index or 0, job.rows[-1], server_triton_cache()
@@ -328,6 +380,23 @@ class _Session:
         stack.callback(child.close)
         child.start()
         return child
+
+    def _has_room_for_layer(self) -> bool:
+        """Whether SGLang's layer fits on the card beside the measuring process, which comes first."""
+        free = occupancy(self._job.card).free_mib
+        if free is None:
+            return True
+        workload, most = self._job.workload, self._job.rows[-1]
+        products = [Product(workload, projection, most) for projection in BOTH]
+        measuring = sum(needed_bytes(product, full_rotation(product, LARGEST_L2)) for product in products)
+        needed = with_spare(measuring) + layer_room(workload, most, LARGEST_L2)[1] + CONTEXTS
+        if needed <= free << 20:
+            return True
+        self._notes.append(
+            "the finals ran on the bare kernels, not through SGLang's layer:"
+            f" that takes {needed >> 20} MiB on the card, and {free} were free"
+        )
+        return False
 
     def _finals(
         self,
@@ -464,10 +533,18 @@ def geometric_gain(artefact: Artefact, within: Callable[[int], bool] = lambda _:
     """By which factor the artefact's rows are faster than SGLang's own, None where nothing was compared."""
     ratios = []
     for row in artefact.rows:
-        ours, own = (row.layer_us, row.sglang_layer_us)
-        if (ours is None or own is None) and None not in row.times:
-            up, down, own_up, own_down = row.times
-            ours, own = (up or 0.0) + (down or 0.0), (own_up or 0.0) + (own_down or 0.0)
-        if ours and own and within(row.batch):
+        compared = compared_times(row)
+        if compared is not None and within(row.batch):
+            own, ours = compared
             ratios.append(own / ours)
     return statistics.geometric_mean(ratios) if ratios else None
+
+
+def compared_times(row: RowChoice) -> tuple[float, float] | None:
+    """SGLang's own time of a row and ours, in microseconds: the layer's, else both kernels'; None where one lacks."""
+    if row.sglang_layer_us is not None and row.layer_us is not None:
+        return row.sglang_layer_us, row.layer_us
+    up, down, own_up, own_down = row.times
+    if up is None or down is None or own_up is None or own_down is None:
+        return None
+    return own_up + own_down, up + down

@@ -75,11 +75,11 @@ class Tile:
         ):
             value = row.get(key, fallback)
             if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= 4096:
-                raise ValueError(f"{key} is {value!r}, not a whole number from 1 to 4096")
+                raise ValueError(f"{key} is {repr(value)[:40]}, not a whole number from 1 to 4096")
             values.append(value)
         tma = row.get("USE_TMA", False)
         if not isinstance(tma, bool):
-            raise ValueError(f"USE_TMA is {tma!r}, neither true nor false")
+            raise ValueError(f"USE_TMA is {repr(tma)[:40]}, neither true nor false")
         block_m, block_n, block_k, group_m, num_warps, num_stages = values
         tile = cls(block_m, block_n, block_k, group_m, num_warps, num_stages, use_tma=tma)
         for name, size in (("BLOCK_SIZE_M", tile.block_m), ("BLOCK_SIZE_N", tile.block_n)):

@@ -50,6 +50,27 @@ def stub_torch(folder: Path) -> Path:
     return folder
 
 
+def stub_modelscope(folder: Path, model: Path) -> None:
+    """A stand-in for ModelScope's client in a folder for `sys.path`; it has config.json of one model."""
+    package = folder / "modelscope"
+    for inner in ("hub", "utils"):
+        (package / inner).mkdir(parents=True)
+        (package / inner / "__init__.py").touch()
+    (package / "__init__.py").touch()
+    (package / "utils" / "file_utils.py").write_text(
+        f"def get_model_cache_root():\n    return {str(folder / 'modelscope-cache')!r}\n"
+    )
+    (package / "hub" / "file_download.py").write_text(f"""
+import os
+def model_file_download(model_id, file_path, revision=None, *, cache_dir=None):
+    assert model_id == "owner/name" and cache_dir is None
+    path = os.path.join({str(model)!r}, file_path)
+    if not os.path.exists(path):
+        raise FileNotFoundError(path)
+    return path
+""")
+
+
 # --- the measuring process -------------------------------------------------------------------------------------------
 
 
@@ -264,7 +285,9 @@ def tune_small(job, progress=None, kernels: int = 24, factory=measure):
         mock.patch.object(card_runner, "CardRunner", partial(card_runner.CardRunner, factory=factory)),
         mock.patch.object(fixer.tune, "Search", partial(Search, limits=limits)),
     ):
-        return fixer.tune.tune(job, progress or Silent())
+        progress = progress or Silent()
+        with fixer.tune.turn(job.home, job.card, progress):
+            return fixer.tune.tune(job, progress)
 
 
 def tune_in_child(package: str, home: str) -> None:
@@ -278,3 +301,56 @@ def tune_in_child(package: str, home: str) -> None:
 def choices(artefact) -> dict[str, list[str]]:
     """What an artefact chooses, by M."""
     return {str(row.batch): [str(row.gate_up), str(row.down), row.decision.value] for row in artefact.rows}
+
+
+# --- the whole program -----------------------------------------------------------------------------------------------
+
+INSTANT, BROKEN = "FAKE_COMPILER", "FAKE_BROKEN"
+"""Environment variables: kernels count as compiled at once; tuning ends with an error of this text."""
+
+
+class InstantPool:
+    """Stands in for `CompilePool`: every candidate is compiled as soon as it is asked for."""
+
+    def __init__(self, *_: object) -> None:
+        self._waiting: list = []
+        self.connections: list = []
+
+    busy = property(lambda self: len(self._waiting))
+    waiting = property(lambda self: 0)
+
+    def submit(self, candidates, *_: object, **__: object) -> None:
+        self._waiting += candidates
+
+    def poll(self, timeout: float = 0.0) -> list:
+        from fixer.kernel import Compiled, CompileOutcome
+
+        some, self._waiting = self._waiting[:4], self._waiting[4:]
+        return [(candidate, Compiled(CompileOutcome.OK, 4096, 0.5)) for candidate in some]
+
+    def drain(self):
+        while self._waiting:
+            yield from self.poll()
+
+    def close(self) -> None:
+        self._waiting = []
+
+
+def stand_in() -> None:
+    """Have this process measure on a card that is not there, and search little."""
+    from functools import partial
+
+    import fixer.tune
+    from fixer.tuning import card_runner
+    from fixer.tuning.search import Limits, Search
+
+    card_runner.CardRunner = partial(card_runner.CardRunner, factory=measure)
+    fixer.tune.Search = partial(Search, limits=Limits(seeds=8, round_size=8, kernels=24))
+    if os.environ.get(INSTANT):
+        card_runner.CompilePool = InstantPool
+    if os.environ.get(BROKEN):
+
+        def broken(*_: object):
+            raise RuntimeError(os.environ[BROKEN])
+
+        fixer.tune.tune = broken

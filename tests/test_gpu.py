@@ -68,7 +68,38 @@ int nvmlDeviceGetHandleByPciBusId_v2(const char *bus, void **handle) {
     return 0;
 }
 int nvmlDeviceGetMemoryInfo(void *handle, struct memory *memory) {
+    const char *used = getenv("FAKE_USED_MIB");
     memory->total = ((long)handle == 0x2000000001L ? 81559ULL : 24564ULL) << 20;
+    memory->used = (used ? atoll(used) : 0) << 20;
+    memory->free = memory->total - memory->used;
+    return 0;
+}
+int nvmlDeviceGetUtilizationRates(void *handle, unsigned *rates) {
+    const char *busy = getenv("FAKE_BUSY");
+    rates[0] = busy ? atoi(busy) : 0;
+    rates[1] = 0;
+    return 0;
+}
+struct process { unsigned pid; unsigned long long bytes; unsigned gpu, compute; };
+/* FAKE_HOLDERS: "PID:MIB PID:MIB ..."; a negative MIB is one that the driver does not tell. */
+int nvmlDeviceGetComputeRunningProcesses_v3(void *handle, unsigned *count, struct process *rows) {
+    const char *text = getenv("FAKE_HOLDERS");
+    unsigned room = *count;
+    long long mib;
+    int pid, read;
+    for (*count = 0; text && sscanf(text, "%d:%lld%n", &pid, &mib, &read) == 2; text += read) {
+        if (*count == room) return 7;
+        rows[(*count)++] = (struct process){pid, mib < 0 ? ~0ULL : (unsigned long long)mib << 20, ~0u, ~0u};
+    }
+    return 0;
+}
+int nvmlDeviceGetGraphicsRunningProcesses_v3(void *handle, unsigned *count, struct process *rows) {
+    *count = 0;
+    return 0;
+}
+int nvmlSystemGetProcessName(unsigned pid, char *name, unsigned size) {
+    if (pid != 4242) return 6;
+    snprintf(name, size, "/opt/venv/bin/python3 -m vllm --api-key hf_secret");
     return 0;
 }
 """
@@ -336,3 +367,60 @@ def test_a_name_with_its_memory(text, name, memory_mib):
 def test_a_name_with_another_memory_is_another_card(text):
     with pytest.raises(CardError):
         find_card(text)
+
+
+# --- what uses a card ------------------------------------------------------------------------------------------------
+
+OCCUPANCY = """
+import dataclasses, json
+from fixer.gpu import occupancy, visible_cards
+for card in visible_cards():
+    found = occupancy(card)
+    print(json.dumps({**dataclasses.asdict(found), "busy": found.is_busy, "by": found.held_by()}))
+"""
+
+
+def occupied(folder, **environ):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("CUDA_", "FAKE_"))}
+    env = {**clean, "LD_LIBRARY_PATH": str(folder), "PYTHONPATH": str(ROOT), **environ}
+    child = subprocess.run([sys.executable, "-c", OCCUPANCY], env=env, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in child.stdout.splitlines()]
+
+
+def test_an_idle_card_is_free(driver_folder):
+    first, second = occupied(driver_folder)
+    assert (first["free_mib"], second["free_mib"]) == (24564, 81559)
+    assert (first["busy"], first["busy_percent"], first["holders"]) == (False, 0, [])
+
+
+def test_who_holds_a_card_is_told_without_its_arguments(driver_folder):
+    me = os.getpid()
+    (found,) = occupied(
+        driver_folder,
+        CUDA_VISIBLE_DEVICES="1",
+        FAKE_USED_MIB="70000",
+        FAKE_BUSY="97",
+        FAKE_HOLDERS=f"4242:65000 {me}:300 999999:-1",
+    )
+    assert found["free_mib"] == 81559 - 70000
+    assert (found["busy"], found["busy_percent"]) == (True, 97)
+    assert [holder["pid"] for holder in found["holders"]] == [4242, me, 999999]
+    assert found["holders"][0] == {"pid": 4242, "name": "python3", "mib": 65000}
+    assert found["holders"][1]["name"] == Path("/proc/self/comm").read_text().strip()
+    assert found["holders"][2] == {"pid": 999999, "name": "", "mib": None}
+    assert "process 4242 (python3) with 65000 MiB" in found["by"]
+    assert "secret" not in json.dumps(found)
+
+
+def test_more_holders_than_can_be_listed_are_counted(driver_folder):
+    many = " ".join(f"{pid}:{pid - 100000}" for pid in range(100001, 100011))
+    (found,) = occupied(driver_folder, CUDA_VISIBLE_DEVICES="1", FAKE_HOLDERS=many)
+    assert found["by"].startswith("by process 100010 with 10 MiB, ")
+    assert found["by"].endswith(" and 6 more")
+
+
+def test_without_nvml_or_on_a_slice_nothing_is_known(driver_folder):
+    for environ in ({"FAKE_NVML": "1", "CUDA_VISIBLE_DEVICES": "1"}, {"CUDA_VISIBLE_DEVICES": "2"}):
+        (found,) = occupied(driver_folder, **environ)
+        assert (found["free_mib"], found["busy"], found["holders"]) == (None, False, [])
+    assert gpu.occupancy(find_card("4090")) == gpu.Occupancy()

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fixer.errors import SGLangError, UsageError
-from fixer.launch import MoefixOptions, become_server, server_command, split_flags
+from fixer.launch import MoefixOptions, become_server, reachable, server_command, split_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,11 +42,12 @@ def test_environment_variables_count_where_no_flag_does():
 
 
 def test_every_option_has_both_spellings():
-    flags = [f"--moefix-{name}" for name in ("skip-tune", "fresh", "strict", "quiet", "dry-run")]
+    switches = ("skip-tune", "fresh", "strict", "quiet", "dry-run", "skip-download", "ask")
+    flags = [f"--moefix-{name}" for name in switches]
     flags += ["--moefix-smem-limit=7", "--moefix-home=h", "--moefix-sglang-root=s"]
-    environ = {f"MOEFIX_{name}": "1" for name in ("SKIP_TUNE", "FRESH", "STRICT", "QUIET", "DRY_RUN")}
+    environ = {"MOEFIX_" + name.upper().replace("-", "_"): "1" for name in switches}
     environ |= {"MOEFIX_SMEM_LIMIT": "7", "MOEFIX_HOME": "h", "MOEFIX_SGLANG_ROOT": "s"}
-    wanted = MoefixOptions(True, True, True, 7, Path("h"), Path("s"), True, True)
+    wanted = MoefixOptions(True, True, True, 7, Path("h"), Path("s"), True, True, True, True)
     assert split_flags(flags, {})[0] == split_flags([], environ)[0] == wanted
 
 
@@ -194,3 +195,10 @@ def test_a_flag_that_no_program_can_take_is_a_clear_error(monkeypatch, stand_in)
     monkeypatch.setattr(sys, "path", [str(stand_in / "path")])
     with pytest.raises(SGLangError, match="cannot be started"):
         become_server(["a\0b"])
+
+
+def test_a_published_port_reaches_the_server_in_the_image():
+    image = {"MOEFIX_IMAGE": "1"}
+    assert reachable(("--model", "x"), None, image) == ("--host", "0.0.0.0", "--model", "x")
+    assert reachable(("--model", "x", "--host", "::"), "::", image) == ("--model", "x", "--host", "::")
+    assert reachable(("--model", "x"), None, {}) == ("--model", "x")

@@ -4,15 +4,13 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import fakes
 import pytest
+from hub import Site, serve
 
 from fixer.errors import HubError, ModelError, MoefixError, UsageError
 from fixer.families import expert_layer
@@ -195,51 +193,12 @@ def test_near_names_are_listed() -> None:
 # --- the hub ----------------------------------------------------------------------------------------------------
 
 
-class Site:
-    """What the local hub answers: a status for config.json, or its text."""
-
-    def __init__(self, status: int = 200, code: str = "", delay: float = 0, body: bytes | None = None) -> None:
-        self.status, self.code, self.delay = status, code, delay
-        self.body = json.dumps(CONFIG).encode() if body is None else body
-        self.size: int | None = None
-        self.requests: list[str] = []
-        self.tokens: set[str] = set()
-
-
-@contextmanager
-def serve(site: Site) -> Iterator[str]:
-    class Handler(BaseHTTPRequestHandler):
-        def answer(self) -> None:
-            site.requests.append(f"{self.command} {self.path}")
-            site.tokens.add(self.headers.get("Authorization", ""))
-            time.sleep(site.delay)
-            config = self.path.endswith("/config.json")
-            status = site.status if config or site.status != 200 else 404
-            body = site.body if status == 200 else b""
-            self.send_response(status)
-            self.send_header("Content-Length", str(site.size if site.size is not None else len(body)))
-            self.send_header("ETag", '"0123456789abcdef0123456789abcdef01234567"')
-            self.send_header("X-Repo-Commit", "a" * 40)
-            if status != 200:
-                self.send_header("X-Error-Code", site.code if config else "EntryNotFound")
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        do_HEAD = answer  # noqa: N815
-        do_GET = answer  # noqa: N815
-
-        def log_message(self, *_args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
+def site_of(status: int = 200, code: str = "", body: bytes | None = None) -> Site:
+    """A hub that has a config.json and nothing else, or answers everything with a status."""
+    site = Site({"config.json": json.dumps(CONFIG).encode() if body is None else body})
+    if status != 200:
+        site.refuse = lambda path: (status, code if path.endswith("/config.json") else "EntryNotFound")
+    return site
 
 
 def hub(endpoint: str, cache: Path, **more: Any) -> Hub:
@@ -247,7 +206,7 @@ def hub(endpoint: str, cache: Path, **more: Any) -> Hub:
 
 
 def test_the_hub_gives_two_files_at_most(tmp_path: Path) -> None:
-    site = Site()
+    site = site_of()
     with serve(site) as endpoint:
         model = load_model("owner/name", ServerFlags(), hub=hub(endpoint, tmp_path))
         assert (model.source, model.revision) == (Source.HUB, "a" * 40)
@@ -280,7 +239,7 @@ def in_a_process(**environment: str) -> "subprocess.CompletedProcess[str]":
 
 
 def test_the_clients_environment_is_honoured(tmp_path: Path) -> None:
-    site = Site()
+    site = site_of()
     home = str(tmp_path)
     with serve(site) as endpoint:
         online = in_a_process(HF_ENDPOINT=endpoint, HF_HOME=home, HF_TOKEN=TOKEN)
@@ -295,7 +254,8 @@ def test_the_clients_environment_is_honoured(tmp_path: Path) -> None:
 
 
 def test_the_revision_is_asked_for(tmp_path: Path) -> None:
-    site = Site()
+    site = site_of()
+    site.revisions["v2"] = "b" * 40
     with serve(site) as endpoint:
         load_model("owner/name", parse_flags(["--revision", "v2"]), hub=hub(endpoint, tmp_path))
     assert any("/v2/" in path for path in site.requests)
@@ -316,7 +276,7 @@ def test_the_revision_is_asked_for(tmp_path: Path) -> None:
     ],
 )
 def test_refusals(tmp_path: Path, status: int, code: str, says: str) -> None:
-    site = Site(status, code)
+    site = site_of(status, code)
     start = time.monotonic()
     with serve(site) as endpoint, pytest.raises(HubError) as caught:
         load_model("owner/name", ServerFlags(), hub=hub(endpoint, tmp_path))
@@ -336,7 +296,9 @@ def test_a_dead_port(tmp_path: Path) -> None:
 
 def test_a_slow_hub(tmp_path: Path) -> None:
     start = time.monotonic()
-    with serve(Site(delay=2)) as endpoint:
+    site = site_of()
+    site.delay = 2
+    with serve(site) as endpoint:
         with pytest.raises(HubError):
             load_model("owner/name", ServerFlags(), hub=hub(endpoint, tmp_path, timeout_s=0.3))
         with pytest.raises(HubError, match=r"within 0\.4 s"):
@@ -346,28 +308,54 @@ def test_a_slow_hub(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("status", [500, 429])
 def test_the_catalogue_stands_in(tmp_path: Path, status: int) -> None:
-    with serve(Site(status)) as endpoint:
+    with serve(site_of(status)) as endpoint:
         model = load_model("Qwen/Qwen3-30B-A3B", ServerFlags(), hub=hub(endpoint, tmp_path))
     assert model.source is Source.CATALOGUE
     assert "catalogue" in model.note
 
 
 def test_the_catalogue_does_not_hide_a_refusal(tmp_path: Path) -> None:
-    with serve(Site(403, "GatedRepo")) as endpoint, pytest.raises(HubError):
+    with serve(site_of(403, "GatedRepo")) as endpoint, pytest.raises(HubError):
         load_model("Qwen/Qwen3-30B-A3B", ServerFlags(), hub=hub(endpoint, tmp_path))
 
 
 def test_a_large_file_is_not_fetched(tmp_path: Path) -> None:
-    site = Site()
-    site.size = 1 << 30
+    site = site_of()
+    site.lengths["config.json"] = 1 << 30
     with serve(site) as endpoint, pytest.raises(HubError, match="16 MiB"):
         load_model("owner/name", ServerFlags(), hub=hub(endpoint, tmp_path))
     assert all(request.startswith("HEAD") for request in site.requests)
 
 
 def test_half_a_file_on_the_hub(tmp_path: Path) -> None:
-    with serve(Site(body=b'{"architectures": [')) as endpoint, pytest.raises(ModelError, match="not JSON"):
+    with serve(site_of(body=b'{"architectures": [')) as endpoint, pytest.raises(ModelError, match="not JSON"):
         load_model("owner/name", ServerFlags(), hub=hub(endpoint, tmp_path))
+
+
+def test_modelscope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_USE_MODELSCOPE", "1")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "modelscope"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(HubError, match="no modelscope here"):
+        load_model("owner/name", ServerFlags())
+    assert "catalogue" in load_model("Qwen/Qwen3-30B-A3B", ServerFlags()).note
+    fakes.stub_modelscope(tmp_path, Path(folder(tmp_path / "model")))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = load_model("owner/name", parse_flags(["--revision", "v1"]))
+    assert (model.architecture, model.revision, model.source) == ("Qwen3MoeForCausalLM", "v1", Source.HUB)
+    (tmp_path / "model" / "config.json").rename(tmp_path / "gone")
+    with pytest.raises(HubError, match="gave no config") as caught:
+        load_model("owner/name", ServerFlags())
+    check_clear(caught.value)
+    (tmp_path / "modelscope-cache" / "owner" / "name").mkdir(parents=True)
+    (tmp_path / "gone").rename(tmp_path / "modelscope-cache" / "owner" / "name" / "config.json")
+    assert load_model("owner/name", ServerFlags()).quant_config is None
+
+
+def test_the_commit_is_known_from_the_cache(tmp_path: Path) -> None:
+    with serve(site_of()) as endpoint:
+        load_model("owner/name", ServerFlags(), hub=hub(endpoint, tmp_path))
+    assert load_model("owner/name", ServerFlags(), hub=hub(endpoint, tmp_path)).revision == "a" * 40
 
 
 def test_the_token_is_in_no_repr() -> None:

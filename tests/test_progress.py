@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fixer import progress
-from fixer.progress import PlainLines, Silent, terminal_progress
+from fixer.progress import PlainLines, Silent, Transfer, gigabytes, terminal_progress
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -104,13 +104,14 @@ print("end")
 """
 
 
-def test_on_a_terminal_there_is_a_bar():
+def on_a_terminal(program):
+    """What a program shows there; it must end well and print "end"."""
     import os
     import pty
 
     master, terminal = pty.openpty()
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "100"}
-    child = subprocess.Popen([sys.executable, "-c", BAR], env=environ, stderr=terminal, stdout=subprocess.PIPE)
+    child = subprocess.Popen([sys.executable, "-c", program], env=environ, stderr=terminal, stdout=subprocess.PIPE)
     os.close(terminal)
     shown = b""
     while True:
@@ -124,6 +125,71 @@ def test_on_a_terminal_there_is_a_bar():
     os.close(master)
     assert child.communicate(timeout=30)[0] == b"end\n"
     assert child.returncode == 0
-    text = shown.decode()
+    return shown.decode()
+
+
+def test_on_a_terminal_there_is_a_bar():
+    text = on_a_terminal(BAR)
     assert "moefix: a note with [brackets]" in text
     assert "finals" in text
+
+
+# --- a transfer ------------------------------------------------------------------------------------------------------
+
+
+def transfer(clock, **more):
+    out = io.StringIO()
+    return out, Transfer("download", stream=out, now=clock.monotonic, **more)
+
+
+def test_a_transfer_says_how_fast_and_how_long(clock):
+    out, shown = transfer(clock)
+    for second in range(12):
+        shown.update(10**9 * (10 + second), 60 * 10**9)
+        clock.now += 1
+    assert out.getvalue().splitlines() == [
+        "moefix: download: 15.0 of 60.0 GB, 1000 MB/s, about 45 s left",
+        "moefix: download: 20.0 of 60.0 GB, 1000 MB/s, about 40 s left",
+    ]
+
+
+def test_the_rate_is_that_of_the_last_seconds(clock):
+    _, shown = transfer(clock)
+    for done in (0, 9 * 10**9, 9 * 10**9, 9 * 10**9):
+        shown.update(done, 10**10)
+        clock.now += 8
+    assert shown.line(9 * 10**9, 10**10) == "download: 9.0 of 10.0 GB, 0 MB/s"
+
+
+def test_a_quiet_transfer_says_nothing(clock):
+    out, shown = transfer(clock, quiet=True)
+    for _ in range(9):
+        clock.now += 9
+        shown.update(1, 2)
+    assert out.getvalue() == ""
+
+
+def test_gigabytes():
+    assert [gigabytes(count) for count in (0, 12_345_678, 12_345_678_901)] == ["0.000 GB", "0.012 GB", "12.3 GB"]
+
+
+TWO_BARS = """
+from fixer.progress import Transfer, terminal_progress
+shown = Transfer("download")
+shown.update(1, 10)  # nothing is on the screen
+with terminal_progress() as bar:
+    bar.phase("search", 2)
+    shown.update(3 * 10**9, 10**10)
+    bar.advance()
+with terminal_progress():
+    shown.update(7 * 10**9, 10**10)
+print("end")
+"""
+
+
+def test_on_a_terminal_a_transfer_has_a_bar_of_its_own():
+    text = on_a_terminal(TWO_BARS)
+    assert "search" in text
+    assert "3000/10000" in text
+    assert "7000/10000" in text
+    assert text.count("download (MB)") >= 2

@@ -100,7 +100,7 @@ def test_home_defaults(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert data_home(None, {}) == tmp_path / ".local" / "share" / "moefix"
     assert data_home(None, {"XDG_DATA_HOME": "relative"}) == tmp_path / ".local" / "share" / "moefix"
-    assert store._wanted_home(None, {"MOEFIX_IMAGE": "1", "XDG_DATA_HOME": "/x"}) == Path("/data")
+    assert store.wanted_home(None, {"MOEFIX_IMAGE": "1", "XDG_DATA_HOME": "/x"}) == Path("/data")
     assert data_home(None, {"MOEFIX_HOME": "~/here"}) == tmp_path / "here"
 
 

@@ -10,13 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fixer.kernel_arguments import Operand, Product, Role, operands, padded_tokens
+from fixer.tuning.room import Rotation, needed_bytes
+from fixer.tuning.routing import MIX, Routing
 from fixer.tuning.tensors import (
-    MIX,
-    Routing,
     align,
     choose_experts,
     make_layer,
-    needed_bytes,
     random_scale,
     random_tensor,
     reference,
@@ -265,14 +264,35 @@ def test_consecutive_launches_use_different_weights():
     assert not torch.equal(layer.weights[0], layer.weights[1])
 
 
+@pytest.mark.parametrize("experts", [4, 3])
 @pytest.mark.parametrize("name", list(LAYERS))
-def test_the_memory_that_layers_take_is_known_before(name):
+def test_the_memory_that_layers_take_is_known_before(name, experts):
     workload, copies = LAYERS[name], 2
     products = tuple(Product(workload, projection, 5) for projection in Projection)
-    layers = [make_layer(product, copies, generator()) for product in products]
+    layers = [make_layer(product, copies, generator(), experts) for product in products]
     real = sum(tensor.nbytes for layer in layers for tensor in (*layer.weights, *layer.tensors.values()))
     lists = 2 * (16 + 1 + 1) * 4  # sorted tokens, experts and their count belong to a launch, not to the layer
-    assert needed_bytes(workload, 5, copies, products) == real + lists
+    assert sum(needed_bytes(product, Rotation(copies, experts)) for product in products) == real + lists
+
+
+@pytest.mark.parametrize("projection", list(Projection))
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_experts_without_weights_of_their_own_read_others(name, projection):
+    """A layer with weights for three of four experts is the layer whose fourth expert is the first one again."""
+    workload, tokens = LAYERS[name], 5
+    few = make_layer(Product(workload, projection, tokens), 2, generator(), experts=3)
+    repeat = [0, 1, 2, 0]
+    scales = {role: few.tensors[role][repeat] for role in (Role.B_SCALE, Role.B_ZERO_POINT) if role in few.tensors}
+    whole = replace(few, weights=tuple(w[repeat] for w in few.weights), tensors={**few.tensors, **scales})
+    chosen = torch.tensor([[3, 1], [0, 3], [2, 1], [-1, 3], [3, -1]], dtype=torch.int32)
+    assert torch.equal(reference(few, chosen), reference(whole, chosen))
+    aligned = align(chosen, 16, workload.experts, padded_tokens(workload, tokens, 16))
+    mapped, plain = (layer.launch_tensors(tokens, aligned, 0) for layer in (few, whole))
+    ids = plain[Role.EXPERT_IDS].tolist()
+    assert {-1, 3} <= set(ids)
+    assert mapped[Role.EXPERT_IDS].tolist() == [repeat[e] if e >= 0 else e for e in ids]
+    assert mapped[Role.EXPERT_IDS].dtype == torch.int32
+    assert torch.equal(mapped[Role.SORTED_TOKEN_IDS], plain[Role.SORTED_TOKEN_IDS])
 
 
 @pytest.mark.parametrize("element", ["fp8e4nv", "int8", "uint8", "bfloat16", "float16", "float32"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,18 +20,15 @@ from fixer.workload import Projection, Workload
 
 from .clock import Clock, Graph
 from .finals import Duel, KernelDuel, TilePair, Via, rounds_for
+from .room import COLD_FACTOR, needed_bytes, rotations, smallest_rotation, with_spare
+from .routing import MIX, Routing
 from .space import BOTH
 from .tensors import (
-    COLD_FACTOR,
-    MIX,
     Aligned,
     Layer,
-    Routing,
     align,
-    copies_for_cold_weights,
     l2_bytes,
     make_layer,
-    needed_bytes,
     reference,
     relative_error,
     route,
@@ -111,15 +109,20 @@ class Bench:
     def _make_layers(self) -> dict[Projection, Layer]:
         workload, most = self.setup.workload, max(*self.setup.rows, CHECK_TOKENS)
         products = {projection: Product(workload, projection, most) for projection in BOTH}
-        copies = {p: copies_for_cold_weights(self._device, [products[p]]) for p in BOTH}
         free, _ = torch.cuda.mem_get_info(self._device)
-        needed = sum(needed_bytes(workload, most, copies[p], (products[p],)) for p in BOTH)
-        if needed * 1.1 + (512 << 20) > free:
+        cache = l2_bytes(self._device)
+        chosen = rotations(products, cache, free)
+        if chosen is None:
+            least = sum(needed_bytes(products[p], smallest_rotation(products[p], cache)) for p in BOTH)
             raise CardError(
-                f"Tuning needs {needed * 1.1 / 2**20 + 512:.0f} MiB on the card, and {free / 2**20:.0f} MiB are free.",
+                f"Tuning needs {with_spare(least) >> 20} MiB on the card, and {free >> 20} MiB are free.",
                 "Stop what else uses the card (nvidia-smi shows it) and try again.",
             )
-        return {p: make_layer(products[p], copies[p], self._generator) for p in BOTH}
+        fewest = min(rotation.experts for rotation in chosen.values())
+        if fewest < workload.experts:
+            said = f"{free >> 20} MiB are free on the card: weights of {fewest} of {workload.experts} experts are used"
+            print(f"moefix: {said}", file=sys.stderr, flush=True)
+        return {p: make_layer(products[p], chosen[p].copies, self._generator, chosen[p].experts) for p in BOTH}
 
     def _launches(self, projection: Projection, tokens: int) -> int:
         """How many launches make one graph: enough to read several times the L2 cache, in whole routing mixes."""

@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from fixer.errors import StoreError
-from fixer.store import Environment, make_folder, set_aside, take_owner_of, utc_now
+from fixer.store import Environment, check_tile, make_folder, set_aside, take_owner_of, utc_now
 from fixer.workload import Projection, Tile, Workload
 
 from .runner import Look, More, Request, Runner
@@ -67,7 +67,7 @@ class Journal:
         make_folder(path.parent)
         try:
             self._database = self._open()
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # the latter: of SQLite's own complaint
             if isinstance(error, sqlite3.OperationalError) and "malformed" not in str(error):
                 raise self._unusable(error) from error
             self.notes = (str(set_aside(path, f"the journal is damaged: {error}")),)
@@ -77,7 +77,7 @@ class Journal:
                 set_aside(undo, "it belongs to a damaged journal")
             try:
                 self._database = self._open()
-            except sqlite3.Error as again:
+            except (sqlite3.Error, UnicodeDecodeError) as again:
                 raise self._unusable(again) from again
         with suppress(OSError):
             take_owner_of(path.parent, path)
@@ -85,13 +85,15 @@ class Journal:
     def _open(self) -> sqlite3.Connection:
         database = sqlite3.connect(self._path, timeout=30)
         try:
-            if database.execute("PRAGMA quick_check").fetchone() != ("ok",):
+            # The quick check leaves out indexes, and a row that its index does not know is not found again.
+            if database.execute("PRAGMA integrity_check").fetchone() != ("ok",):
                 raise sqlite3.DatabaseError("malformed: its own check fails")
             # Waiting for the disk at every trial would cost seconds. What was written outlives this process's death;
             # a power cut may damage the file, which is then set aside and measured anew.
             database.execute("PRAGMA synchronous = OFF")
             database.executescript(_SCHEMA)
             self._check_columns(database)
+            self._check_rows(database)
             with database:
                 database.execute(
                     "INSERT OR IGNORE INTO runs VALUES (?, ?, ?, ?)",
@@ -109,6 +111,27 @@ class Journal:
             found = [row[1] for row in database.execute(f"PRAGMA table_info({table})")]
             if found != columns.split():
                 raise sqlite3.DatabaseError(f"malformed: the columns of {table} are not known")
+
+    def _check_rows(self, database: sqlite3.Connection) -> None:
+        """Values that moefix never writes make the whole file as good as damaged: who knows what else is wrong."""
+        builds = database.execute(
+            "SELECT projection, tile, outcome, shared_bytes, registers, spills, compile_seconds FROM builds"
+            " WHERE run = ?",
+            (self._run,),
+        )
+        timings = database.execute(
+            "SELECT projection, tile, tokens, replays, microseconds, least FROM timings WHERE run = ?", (self._run,)
+        )
+        try:
+            for projection, tile, outcome, *numbers in builds:
+                check_tile(_kernel(projection, tile).tile)
+                Outcome(outcome)
+                _check(all(0 <= number <= _LARGEST for number in numbers))
+            for projection, tile, tokens, replays, *times in timings:
+                check_tile(_kernel(projection, tile).tile)
+                _check(0 < tokens <= _LARGEST and 0 < replays <= _LARGEST and all(0 < t <= _LARGEST for t in times))
+        except (ValueError, TypeError, sqlite3.OperationalError) as error:
+            raise sqlite3.DatabaseError(f"malformed: a row of it makes no sense ({error})") from error
 
     def _unusable(self, error: Exception) -> StoreError:
         return StoreError(
@@ -174,38 +197,67 @@ class Journal:
         )
 
     def looks(self) -> dict[Kernel, Look]:
-        """Every kernel's build with its timings of the first look (the fewest replays of each row)."""
-        timings: dict[Kernel, dict[int, Timing]] = {}
-        for timing in self.timings():
-            rows = timings.setdefault(timing.kernel, {})
-            if timing.tokens not in rows or timing.replays < rows[timing.tokens].replays:
-                rows[timing.tokens] = timing
-        with closing(
-            self._database.execute(
-                "SELECT projection, tile, outcome, shared_bytes, registers, spills, compile_seconds, message"
-                " FROM builds WHERE run = ?",
-                (self._run,),
-            )
-        ) as rows_of_builds:
-            builds = [
-                Build(_kernel(projection, tile), Outcome(outcome), shared, registers, spills, seconds, message)
-                for projection, tile, outcome, shared, registers, spills, seconds, message in rows_of_builds
-            ]
-        return {b.kernel: Look(b, tuple(timings.get(b.kernel, {}).values())) for b in builds}
+        """Every kernel's build with its timings of the first look (the fewest replays of each row), as tried."""
+        return _looks(self._database, self._run)
 
     def timings(self) -> list[Timing]:
         """Every time, in the order of the rows and replays."""
-        with closing(
-            self._database.execute(
-                "SELECT projection, tile, tokens, microseconds, least, replays FROM timings WHERE run = ?"
-                " ORDER BY tokens, replays",
-                (self._run,),
-            )
-        ) as rows:
-            return [
-                Timing(_kernel(projection, tile), tokens, microseconds, least, replays)
-                for projection, tile, tokens, microseconds, least, replays in rows
-            ]
+        return _timings(self._database, self._run)
+
+
+def read_looks(path: Path, key: RunKey) -> tuple[Look, ...]:
+    """The looks of a run in the order in which they were made, from a journal that is only read.
+
+    Empty where there is no journal, nothing of that run in it, or it cannot be read now.
+    """
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=2)) as database:
+            return tuple(_looks(database, key.digest).values())
+    except (sqlite3.Error, ValueError):
+        return ()
+
+
+def _looks(database: sqlite3.Connection, run: str) -> dict[Kernel, Look]:
+    timings: dict[Kernel, dict[int, Timing]] = {}
+    for timing in _timings(database, run):
+        rows = timings.setdefault(timing.kernel, {})
+        if timing.tokens not in rows or timing.replays < rows[timing.tokens].replays:
+            rows[timing.tokens] = timing
+    with closing(
+        database.execute(
+            "SELECT projection, tile, outcome, shared_bytes, registers, spills, compile_seconds, message"
+            " FROM builds WHERE run = ? ORDER BY rowid",
+            (run,),
+        )
+    ) as rows_of_builds:
+        builds = [
+            Build(_kernel(projection, tile), Outcome(outcome), shared, registers, spills, seconds, message)
+            for projection, tile, outcome, shared, registers, spills, seconds, message in rows_of_builds
+        ]
+    return {b.kernel: Look(b, tuple(timings.get(b.kernel, {}).values())) for b in builds}
+
+
+def _timings(database: sqlite3.Connection, run: str) -> list[Timing]:
+    with closing(
+        database.execute(
+            "SELECT projection, tile, tokens, microseconds, least, replays FROM timings WHERE run = ?"
+            " ORDER BY tokens, replays",
+            (run,),
+        )
+    ) as rows:
+        return [
+            Timing(_kernel(projection, tile), tokens, microseconds, least, replays)
+            for projection, tile, tokens, microseconds, least, replays in rows
+        ]
+
+
+_LARGEST = 1e9
+"""No count, size or time in a journal comes near it, and NaN compares with nothing."""
+
+
+def _check(holds: bool) -> None:
+    if not holds:
+        raise ValueError("a number is absurd")
 
 
 def _kernel_key(kernel: Kernel) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fixer.errors import TuneError
+from fixer.errors import CardError, TuneError, told
 from fixer.kernel_arguments import Product, Role
 from fixer.sglang_layer import LayerWeights, OwnLayer
 from fixer.workload import Workload
@@ -16,8 +16,10 @@ from fixer.workload import Workload
 from .clock import Clock, Graph
 from .finals import Duel, DuelRequest, TilePair, Via, rounds_for
 from .process import Handler
+from .room import layer_room
+from .routing import MIX
 from .space import BOTH
-from .tensors import MIX, TORCH_TYPES, copies_for_cold_weights, make_layer, route
+from .tensors import TORCH_TYPES, l2_bytes, make_layer, route
 
 SCALES = {Role.B_SCALE: "scale", Role.B_ZERO_POINT: "zp"}
 """How SGLang names a projection's scales: w1_scale, w1_zp, w2_scale, w2_zp."""
@@ -55,7 +57,10 @@ class LayerBench:
     def _make_weights(self) -> tuple[LayerWeights, ...]:
         """Weights of both projections, in as many copies as it takes to be several times the L2 cache."""
         products = [Product(self._setup.workload, projection, 1) for projection in BOTH]
-        copies = copies_for_cold_weights(self._generator.device, products)
+        copies, needed = layer_room(self._setup.workload, self._setup.most_tokens, l2_bytes(self._generator.device))
+        free, _ = torch.cuda.mem_get_info(self._generator.device)
+        if needed > free:
+            raise CardError(f"SGLang's layer needs {needed >> 20} MiB on the card, and {free >> 20} MiB are free.")
         up, down = (make_layer(product, copies, self._generator) for product in products)
         scales = {
             f"{name}_{suffix}": layer.tensors[role]
@@ -105,6 +110,6 @@ def layer_handler(setup: LayerSetup) -> Handler:
         try:
             return bench.duel(request)
         except Exception as error:
-            raise TuneError(f"SGLang's layer failed at M={request.tokens}: {type(error).__name__}: {error}") from error
+            raise TuneError(f"SGLang's layer failed at M={request.tokens}: {told(error)}") from error
 
     return handle

@@ -19,7 +19,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from fixer.errors import MoefixError, TuneError
+from fixer.errors import MoefixError, TuneError, told
+from fixer.signals import deferred
 
 Handler = Callable[[Any], Any]
 Factory = Callable[[], Handler]
@@ -60,10 +61,10 @@ class ChildProcess:
             return  # one that died before it was ready is for `is_ready` to report, not to try again and again
         self.close()
         ours, theirs = self._context.Pipe()
-        self._process = self._context.Process(
-            target=_serve, args=(theirs, self._factory), daemon=True, name="moefix-measure"
-        )
-        self._process.start()
+        process = self._context.Process(target=_serve, args=(theirs, self._factory), daemon=True, name="moefix-measure")
+        with deferred():
+            process.start()
+            self._process = process
         theirs.close()
         self._pipe, self._is_ready, self._since = ours, False, time.monotonic()
         self.restarts += 1
@@ -156,7 +157,7 @@ class ChildProcess:
 def _serve(pipe: Connection, factory: Factory) -> None:
     """The child's life: build, say so, answer until the pipe closes. An error that is not moefix's ends it."""
     os.setsid()
-    _die_with_parent()
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with suppress(EOFError, OSError):  # the parent is gone: so is the reason to live
@@ -166,7 +167,7 @@ def _serve(pipe: Connection, factory: Factory) -> None:
             pipe.send(error)
             return
         except Exception as error:  # whatever PyTorch or the driver throws: one line, no traceback
-            pipe.send(TuneError(f"The measuring process could not start: {_one_line(error)}."))
+            pipe.send(TuneError(f"The measuring process could not start: {told(error)}."))
             return
         pipe.send("ready")
         while True:
@@ -176,17 +177,12 @@ def _serve(pipe: Connection, factory: Factory) -> None:
             except MoefixError as error:
                 answer = error
             except Exception as error:  # the card's context may be spoiled: this process is worth nothing any more
-                print(f"moefix: measuring failed: {_one_line(error)}", file=sys.stderr, flush=True)
+                print(f"moefix: measuring failed: {told(error)}", file=sys.stderr, flush=True)
                 os._exit(1)
             pipe.send(answer)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Have the kernel end this process with its parent: a card that hangs would keep it from seeing the pipe close."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:300]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
 
-from fixer.kernel_arguments import Operand, Product, Role, operands
-from fixer.workload import NumberFormat, Tile, Workload
+from fixer.kernel_arguments import Operand, Product, Role
+from fixer.workload import NumberFormat, Workload
+
+from .room import layer_operands
+from .routing import Routing, popularity
 
 TORCH_TYPES: Mapping[str, torch.dtype] = {
     "fp8e4nv": torch.float8_e4m3fn,
@@ -24,31 +26,10 @@ TORCH_TYPES: Mapping[str, torch.dtype] = {
 }
 
 
-class Routing(Enum):
-    """How tokens choose their experts.
-
-    UNIFORM: every expert as likely as any other.
-    ZIPF: the i-th most popular expert is chosen in proportion to i ** -0.7, as trained routers roughly do.
-    HOT: a sixteenth of the experts (at least top_k) is eight times as likely as the others, as in one domain's text.
-    """
-
-    UNIFORM = "uniform"
-    ZIPF = "zipf"
-    HOT = "hot"
-
-
-MIX = (Routing.UNIFORM, Routing.ZIPF, Routing.UNIFORM, Routing.HOT)
-"""The routings of consecutive launches: half uniform, a quarter each of the two skewed ones."""
-
-
 def choose_experts(routing: Routing, tokens: int, experts: int, top_k: int, generator: torch.Generator) -> torch.Tensor:
     """Distinct experts for each token, drawn without replacement by the Gumbel trick: int32 [tokens, top_k]."""
     device = generator.device
-    weights = torch.ones(experts, device=device)
-    if routing is Routing.ZIPF:
-        weights = torch.arange(1, experts + 1, device=device).float() ** -0.7
-    elif routing is Routing.HOT:
-        weights[: max(top_k, experts // 16)] = 8.0
+    weights = torch.tensor(popularity(routing, experts, top_k), device=device)
     shuffled = weights[torch.randperm(experts, generator=generator, device=device)]
     uniform = torch.rand(tokens, experts, generator=generator, device=device).clamp_min(1e-20)
     return (shuffled.log() - (-uniform.log()).log()).topk(top_k, dim=1).indices.to(torch.int32)
@@ -117,13 +98,19 @@ class Layer:
     """One projection's weights and activations for up to a number of tokens.
 
     Attributes:
-        weights: B, a copy for each turn (consecutive launches use different copies, so that weights are cold).
+        weights: B, a copy for each turn (consecutive launches use different copies, so that weights are cold). Where
+            it has fewer experts than the workload, expert e reads those of e modulo their number (`room.Rotation`).
         tensors: all other operands, with room for `tokens`.
     """
 
     product: Product
     weights: tuple[torch.Tensor, ...]
     tensors: Mapping[Role, torch.Tensor]
+
+    @property
+    def experts(self) -> int:
+        """How many experts have weights of their own."""
+        return len(self.weights[0])
 
     def launch_tensors(self, tokens: int, aligned: Aligned, turn: int) -> dict[Role, Any]:
         """The operands of one launch for M = `tokens`: views of the first rows."""
@@ -136,20 +123,23 @@ class Layer:
         return views | {
             Role.B: self.weights[turn % len(self.weights)],
             Role.SORTED_TOKEN_IDS: aligned.sorted_token_ids,
-            Role.EXPERT_IDS: aligned.expert_ids,
+            Role.EXPERT_IDS: self._weights_of(aligned.expert_ids),
             Role.TOKENS_POST_PADDED: aligned.tokens_post_padded,
         }
+
+    def _weights_of(self, expert_ids: torch.Tensor) -> torch.Tensor:
+        """Whose weights each block reads; -1 stays."""
+        if self.experts == self.product.workload.experts:
+            return expert_ids
+        return torch.where(expert_ids < 0, expert_ids, expert_ids % self.experts)
 
     def _room(self, role: Role) -> int:
         return self.product.rows if role in (Role.A, Role.A_SCALE) else self.product.tokens
 
 
-_ANY_TILE = Tile(16, 32, 64, 1)
-
-
-def make_layer(product: Product, copies: int, generator: torch.Generator) -> Layer:
-    """Random operands for a projection, with room for `product.tokens` tokens."""
-    shapes = operands(product, _ANY_TILE, sorted_length=16)
+def make_layer(product: Product, copies: int, generator: torch.Generator, experts: int | None = None) -> Layer:
+    """Random operands for a projection, with room for `product.tokens` tokens; `experts` have weights (None: all)."""
+    shapes = layer_operands(product, experts or product.workload.experts)
     tensors: dict[Role, torch.Tensor] = {}
     for role, operand in shapes.items():
         if role in (Role.SORTED_TOKEN_IDS, Role.EXPERT_IDS, Role.TOKENS_POST_PADDED, Role.B):
@@ -199,6 +189,7 @@ def _activations(layer: Layer, product: Product) -> torch.Tensor:
 def _expert_weights(layer: Layer, expert: int) -> torch.Tensor:
     """One expert's weights in float32: [columns, depth]."""
     product, workload = layer.product, layer.product.workload
+    expert %= layer.experts
     stored, scale = layer.weights[0][expert], layer.tensors.get(Role.B_SCALE)
     if scale is None:
         return stored.float()
@@ -242,25 +233,6 @@ def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
     return float("inf") if math.isnan(error) else error
 
 
-COLD_FACTOR = 4
-"""Consecutive launches read this many times the L2 cache before they come back to the same weights."""
-
-
 def l2_bytes(device: torch.device) -> int:
     """The size of a card's L2 cache."""
     return int(torch.cuda.get_device_properties(device).L2_cache_size)
-
-
-def copies_for_cold_weights(device: torch.device, products: Sequence[Product]) -> int:
-    """Copies of some products' weights that together are several times the L2 cache; at most 16."""
-    one = sum(operands(product, _ANY_TILE, 16)[Role.B].bytes for product in products)
-    return max(1, min(16, -(-COLD_FACTOR * l2_bytes(device) // one)))
-
-
-def needed_bytes(workload: Workload, tokens: int, copies: int, projection_products: tuple[Product, ...]) -> int:
-    """Device memory that the layers of some products take, in bytes."""
-    total = 0
-    for product in projection_products:
-        for role, operand in operands(Product(workload, product.projection, tokens), _ANY_TILE, 16).items():
-            total += operand.bytes * (copies if role is Role.B else 1)
-    return total

@@ -16,7 +16,13 @@ from engine import FAKE_TOKEN, IMAGE, ROOT, build, docker
 def context(tmp_path_factory) -> Path:
     """A copy of the checkout as a user has it: with a token, a cache and a journal lying about."""
     folder = tmp_path_factory.mktemp("context")
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     for name in filter(None, listed.stdout.split("\0")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / name)

@@ -36,7 +36,7 @@ def test_a_model_is_all_that_is_needed():
     assert "30000" in str(service["ports"])
     assert "/.cache/huggingface" in str(service["volumes"])
     assert "~" not in str(service["volumes"])
-    assert "/health" in service["healthcheck"]["test"][-1]
+    assert service["healthcheck"]["test"] == ["CMD", "moefix", "status", "--healthcheck"]
     assert service["healthcheck"]["start_period"] in {"2h", "2h0m0s"}
     assert service["stop_grace_period"] in {"2m", "2m0s"}
 

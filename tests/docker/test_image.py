@@ -6,7 +6,7 @@ import json
 import subprocess
 
 import pytest
-from engine import BASE, FAKE_TOKEN, IMAGE, REVISION, build, docker
+from engine import BASE, FAKE_TOKEN, IMAGE, REVISION, build, build_environment, build_options, docker
 
 import fixer
 from fixer.sglang_tree import PINNED, RELEASES
@@ -59,7 +59,11 @@ def test_labels_and_settings(image):
         "moefix.sglang.source": "wheel",
         "moefix.triton.version": RELEASES[PINNED].triton,
     }.items() <= config["Labels"].items()
-    assert oci + "source" in config["Labels"]
+    assert {oci + "source", oci + "base.digest"} <= set(config["Labels"])
+    # No commit is claimed for what came as a wheel.
+    assert not [label for label in config["Labels"] if label.endswith((".commit", ".repository"))]
+    assert config["Healthcheck"]["Test"] == ["CMD", "moefix", "status", "--healthcheck"]
+    assert config["Healthcheck"]["StartPeriod"] == 2 * 3600 * 10**9
     assert config["Entrypoint"] == ["python3", "/opt/moefix/entrypoint.py"]
     assert set(config["Volumes"]) == {"/data"}
     environ = dict(entry.split("=", 1) for entry in config["Env"])
@@ -74,6 +78,60 @@ def test_what_the_versions_say_is_what_is_installed(image):
     assert found == [PINNED, RELEASES[PINNED].triton, fixer.__version__]
     tools = "cc --version && test -f $(python3 -c 'import sysconfig; print(sysconfig.get_path(\"include\"))')/Python.h"
     docker("run", "--rm", "--entrypoint", "sh", image, "-c", tools)
+
+
+def test_whoever_runs_it_has_a_name_and_a_home(image):
+    code = "import getpass, pathlib; print(getpass.getuser()); pathlib.Path.home().joinpath('x').touch()"
+    options = ("--user", "12345:12345", "--entrypoint", "python3")
+    assert docker("run", "--rm", *options, image, "-c", code).stdout.strip() == "moefix"
+
+
+def test_the_script_that_builds_it_says_of_which_checkout(context, image):
+    """`scripts/build-image`, with a remote whose address has a password in it."""
+    tag = IMAGE + "-labelled"
+    git = ("git", "-C", str(context), "-c", "user.name=moefix", "-c", "user.email=moefix@example.org")
+    for command in (
+        ("init", "--quiet"),
+        ("remote", "add", "origin", f"https://someone:{FAKE_TOKEN}@example.org/moefix.git"),
+        ("add", "--all", "fixer", "scripts", "docker", "Dockerfile"),
+        ("commit", "--quiet", "--message", "all"),
+    ):
+        subprocess.run([*git, *command], check=True, capture_output=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    result = subprocess.run(
+        [str(context / "scripts" / "build-image"), *build_options()],
+        env={**build_environment(), "TAG": tag},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    labels = json.loads(docker("image", "inspect", tag).stdout)[0]["Config"]["Labels"]
+    docker("image", "rm", tag)
+    assert labels["org.opencontainers.image.revision"] == f"{head}-dirty"  # the rest of the checkout is not in git
+    assert labels["org.opencontainers.image.source"] == "https://example.org/moefix.git"
+
+
+def test_buildkit_builds_the_same(context, image):
+    """Any Docker program here that has BuildKit: Debian's own has, one without the buildx plugin has not."""
+    tag = IMAGE + "-buildkit"
+    environ = {**build_environment(), "DOCKER_BUILDKIT": "1"}
+    arguments = build_options(MOEFIX_REVISION=REVISION)
+    for program in ("docker", "/usr/bin/docker"):
+        command = [program, "build", "--tag", tag, *arguments, str(context)]
+        result = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+        if result.returncode == 0 or "buildx" not in result.stderr:
+            break
+    assert result.returncode == 0, result.stderr[-4000:]
+    (classic,), (kit,) = (json.loads(docker("image", "inspect", name).stdout) for name in (image, tag))
+    settings = ("Env", "Labels", "Entrypoint", "Cmd", "Volumes", "WorkingDir", "User", "Healthcheck")
+    assert {name: kit["Config"].get(name) for name in settings} == {
+        name: classic["Config"].get(name) for name in settings
+    }
+    # BuildKit keeps what a step writes into a volume.
+    listed = docker("run", "--rm", "--entrypoint", "ls", tag, "-A", "/data").stdout
+    docker("image", "rm", tag)
+    assert listed == ""
 
 
 def times_in_layers(image: str, wanted: bytes) -> int:
@@ -103,9 +161,10 @@ def test_a_change_of_moefix_rebuilds_only_moefix(context, image):
         source.write_text(before)
     assert result.returncode == 0, result.stderr
     steps = result.stdout.split("\nStep ")
-    rebuilt = [step for step in steps if "RUN " in step.splitlines()[0] and "Using cache" not in step]
-    assert len(rebuilt) == 1, rebuilt
-    assert "/opt/moefix" in rebuilt[0].splitlines()[0]
+    (copied,) = (number for number, step in enumerate(steps) if "COPY fixer /opt/moefix/fixer" in step.splitlines()[0])
+    rebuilt = [number for number, step in enumerate(steps) if " : RUN " in step and "Using cache" not in step]
+    assert rebuilt
+    assert min(rebuilt) > copied, steps[min(rebuilt)]
     docker("image", "rm", IMAGE + "-changed")
 
 
@@ -114,7 +173,8 @@ def test_a_change_of_moefix_rebuilds_only_moefix(context, image):
     [
         ({"SGLANG_SOURCE": "sdist"}, "SGLANG_SOURCE is 'sdist'"),
         ({"WITH_CUDA": "yes"}, "WITH_CUDA is 'yes'"),
-        ({"MOEFIX_VERSION": "9.9"}, "non-zero code"),
+        ({"MOEFIX_VERSION": "9.9"}, f"moefix {fixer.__version__} is installed, and the label says 9.9"),
+        ({"TRITON_VERSION": "3.5.0"}, f"triton {RELEASES[PINNED].triton} is installed, and the label says 3.5.0"),
     ],
 )
 def test_wrong_build_arguments_are_refused(context, image, arguments, said):

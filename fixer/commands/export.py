@@ -1,0 +1,132 @@
+"""`moefix export`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from fixer.cli import PASS_THROUGH, _interruptible
+from fixer.errors import UsageError
+
+if TYPE_CHECKING:
+    from fixer.store import Artefact
+    from fixer.transfer import Form, Written
+
+FORMS = ("artefact", "sglang", "vllm", "config-dir")
+
+
+@click.command("export", context_settings=PASS_THROUGH)
+@click.option("--model", "--model-path", "model", metavar="NAME", help="The kept tuning that this model's server uses.")
+@click.option("--card", metavar="NAME", help="The kept tuning of this card, or of cards whose name has this in it.")
+@click.option("--file", "source", metavar="FILE", type=click.Path(path_type=Path), help="An artefact's file.")
+@click.option("--for", "planned", metavar="CARD", help='Not a kept tuning but the plan for a card ("RTX 4090").')
+@click.option("--list", "listed", is_flag=True, help="List what is kept, and write nothing.")
+@click.option("--as", "form", type=click.Choice(FORMS), default="artefact", show_default=True, help="What to write.")
+@click.option("--out", metavar="PATH", help="The file (artefact; - for standard output) or folder to write.")
+@click.option("--smem-limit", metavar="BYTES", type=int, help="--for: plan for less shared memory per block.")
+@click.option("--sglang-root", metavar="DIR", type=click.Path(path_type=Path), help="An SGLang tree to use.")
+@click.option("--home", metavar="DIR", type=click.Path(path_type=Path), help="The data folder; default: MOEFIX_HOME.")
+@click.argument("sglang_flags", nargs=-1, type=click.UNPROCESSED, metavar="[SGLANG FLAGS]...")
+def command(
+    *,
+    model: str | None,
+    card: str | None,
+    source: Path | None,
+    planned: str | None,
+    listed: bool,
+    form: str,
+    out: str | None,
+    smem_limit: int | None,
+    sglang_root: Path | None,
+    home: Path | None,
+    sglang_flags: tuple[str, ...],
+) -> None:
+    """Write a kept tuning as one file to take elsewhere, or as files that SGLang or vLLM reads.
+
+    Without --file or --for it is looked for in the data folder: by --model with the server's SGLang flags, by --card.
+    """
+    from fixer import transfer
+    from fixer.store import data_home, kept_artefacts
+
+    if (source, planned).count(None) == 0:
+        raise UsageError("--file and --for exclude each other", "Give one of them.")
+    words = (*sglang_flags, *(() if model is None else (f"--model-path={model}",)))
+    with _interruptible():
+        data = data_home(home)
+        if source is not None:
+            artefacts = transfer.artefacts_in(source)
+            artefact = transfer.only_one(tuple((source, one) for one in artefacts))
+        elif planned is not None:
+            artefact = _plan(words, planned, smem_limit, sglang_root, data)
+        else:
+            kept, damaged = kept_artefacts(data)
+            for one in damaged:
+                click.echo(f"moefix: {one}", err=True)
+            kept = transfer.for_card(kept, card) if card else kept
+            if words:
+                from fixer.flags import parse_flags
+                from fixer.model import load_model
+
+                flags = parse_flags(words)
+                kept = transfer.for_model(kept, load_model("", flags), flags)
+            if listed:
+                click.echo(transfer.listing(kept, data) or f"nothing is kept in {data}")
+                return
+            artefact = transfer.only_one(kept)
+        if out is None:
+            raise UsageError(f"where is {transfer.describe(artefact)} to be written?", "Give --out PATH.")
+        if out == "-":
+            _print(artefact, form)
+            return
+        _report(_write(artefact, transfer.Form(form), Path(out), sglang_root, data))
+
+
+def _plan(words: tuple[str, ...], name: str, limit: int | None, root: Path | None, data: Path) -> Artefact:
+    from fixer.compiled import CompileCache
+    from fixer.flags import parse_flags
+    from fixer.gpu import find_card, with_shared_memory_limit
+    from fixer.model import load_model
+    from fixer.plan import compiler_for, make_plan
+    from fixer.sglang_tree import find_tree
+    from fixer.transfer import planned_artefact
+    from fixer.tune import environment_of
+
+    flags = parse_flags(words)
+    model = load_model("", flags)
+    card = find_card(name) if limit is None else with_shared_memory_limit(find_card(name), limit)
+    tree = find_tree(str(root) if root else None, None, data / "cache")
+    with CompileCache(data) as cache:
+        plan = make_plan(model, flags, card, tree, compiler_for(tree, card, data, cache))
+    for note in plan.notes:
+        click.echo(f"moefix: {note}", err=True)
+    return planned_artefact(plan, environment_of(tree, card))
+
+
+def _print(artefact: Artefact, form: str) -> None:
+    if form != "artefact":
+        raise UsageError("only an artefact can go to standard output", "Give --out FOLDER.")
+    click.echo(artefact.to_json(), nl=False)
+    sys.stdout.flush()
+
+
+def _write(artefact: Artefact, form: Form, out: Path, root: Path | None, data: Path) -> Written:
+    from fixer import transfer
+
+    if form is transfer.Form.ARTEFACT:
+        return transfer.write_artefact(artefact, out)
+    if form is transfer.Form.SGLANG:
+        return transfer.write_sglang(artefact, out)
+    if form is transfer.Form.VLLM:
+        return transfer.write_vllm(artefact, out)
+    tree = transfer.tree_of(artefact.environment.sglang, root, data / "cache", lambda line: click.echo(line, err=True))
+    return transfer.write_config_dir(artefact, out, tree)
+
+
+def _report(written: Written) -> None:
+    for path in written.paths:
+        click.echo(f"wrote {path}")
+    for note in written.notes:
+        click.echo(f"moefix: {note}", err=True)

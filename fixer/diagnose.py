@@ -1,0 +1,355 @@
+"""What a GPU error in SGLang's log means: which kernel, what it needs, what the card has, and what to do about it.
+
+A table of errors and a table of kernels, matched against an error's line and the traceback above it. Flags and kernels'
+names are SGLang 0.5.17's; the errors' words were taken from public reports (named behind the entries) and from
+facts.md. Several ranks write into one log, so the frames above an error may be another rank's: they fail alike.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+FRAMES = 400
+"""Lines above an error in which its kernel is looked for: a traceback of SGLang has 60 to 150; ranks interleave."""
+
+MOST = 12
+"""No log gets more explanations than this."""
+
+
+class Fault(Enum):
+    """What went wrong."""
+
+    SHARED_MEMORY = "it needs more shared memory than the card has"
+    FP8 = "this card's architecture has no FP8 in Triton"
+    GATE_UP_TMA = "a row of its tuning file has USE_TMA, which this release takes for the down projection only"
+    COMPILE = "Triton cannot compile it"
+    NO_COMPILER = "Triton lacks a C compiler or Python's headers"
+    CUTLASS = "CUTLASS cannot start it: its tile does not fit the card's shared memory"
+    GPU_MEMORY = "the GPU's memory is full"
+    NO_IMAGE = "it was not built for this card's architecture"
+
+
+@dataclass(frozen=True)
+class Sign:
+    """How an error shows in a line. `needs` and `has` are groups of the pattern, in bytes."""
+
+    fault: Fault
+    pattern: re.Pattern[str]
+
+
+SIGNS = (
+    # sgl-project/sglang#8513, #5995; "Hardware limit(ation)" in older Tritons.
+    Sign(
+        Fault.SHARED_MEMORY,
+        re.compile(r"out of resource: shared memory,? ?Required: (?P<needs>\d+),? ?Hardware limit\w*: (?P<has>\d+)"),
+    ),
+    # NVIDIA/cutlass#3144: flashinfer's CUTLASS MoE.
+    Sign(
+        Fault.CUTLASS,
+        re.compile(r"requires (?P<needs>\d+) bytes shared memory but device supports (?P<has>\d+)"),
+    ),
+    # flashinfer-ai/flashinfer#2077, sgl-project/sglang#17494 and #1788. Its autotuner tries tiles that cannot start and
+    # passes over them ("Skipping tactic"): no fault.
+    Sign(
+        Fault.CUTLASS,
+        re.compile(
+            r"^(?!.*Skipping tactic).*(?:Failed to initialize cutlass|GEMM initialization failed"
+            r"|group_gemm\.initialize failed|Failed to run cutlass FP4 gemm)",
+            re.IGNORECASE,
+        ),
+    ),
+    # kvcache-ai/ktransformers#1692; older Tritons assert.
+    Sign(
+        Fault.FP8,
+        re.compile(r"fp8e4nv (?:not supported in this architecture|data type is not supported on CUDA arch)"),
+    ),
+    Sign(Fault.GATE_UP_TMA, re.compile(r"(?:Keyword|keyword) argument '?USE_TMA'?")),
+    Sign(
+        Fault.NO_COMPILER,
+        re.compile(r"Failed to find C compiler|fatal error: (?:Python|cuda)\.h: No such file"),
+    ),
+    Sign(
+        Fault.COMPILE,
+        re.compile(
+            r"triton\.compiler\.errors\.CompilationError|PassManager::run failed|ptxas fatal|PTXASError"
+            r"|Internal Triton PTX codegen error"
+        ),
+    ),
+    Sign(
+        Fault.GPU_MEMORY,
+        re.compile(r"CUDA out of memory|torch\.(?:cuda\.)?OutOfMemoryError|Not enough memory\. Please try to increase"),
+    ),
+    Sign(Fault.NO_IMAGE, re.compile(r"no kernel image is available for execution on the device")),
+)
+
+MARKERS = (
+    b"Error",
+    b"ailed",
+    b"atal",
+    b"out of ",
+    b"fp8e4nv",
+    b"USE_TMA",
+    b"shared mem",
+    b"no kernel image",
+    b"Not enough",
+)
+"""A line without any of these shows no error of the table."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel, or several alike.
+
+    Attributes:
+        name: for a person.
+        marks: what a frame of a traceback above the error holds: the launch, or the file.
+        reads_moe_file: a MoE file decides its tile.
+        cure: what to do where its tile does not fit the card; what follows "If it does not fit: ".
+    """
+
+    name: str
+    marks: tuple[str, ...]
+    cure: str
+    reads_moe_file: bool = False
+
+
+_ATTENTION = "--attention-backend {} (or another one that this card has)"
+
+KERNELS = (
+    Kernel(
+        "the fused MoE kernel (fused_moe_kernel)",
+        ("fused_moe_kernel[", "fused_moe_kernel_gptq_awq[", "in invoke_fused_moe_kernel", "in outplace_fused_experts"),
+        "let moefix tune it (leave out --moefix-skip-tune)",
+        reads_moe_file=True,
+    ),
+    Kernel(
+        "the LoRA kernel of the experts", ("_fused_moe_lora_kernel", "fused_moe_lora"), "serve without --enable-lora"
+    ),
+    # sgl-project/sglang#4797 (A40), #3451.
+    Kernel(
+        "the prefill attention kernel of the Triton backend (extend_attention.py)",
+        ("extend_attention.py", "in extend_attention_fwd", "_fwd_kernel_unified["),
+        _ATTENTION.format("flashinfer"),
+    ),
+    # vllm-project/vllm#46728: MLA's wide heads, 102400 bytes.
+    Kernel(
+        "the decode attention kernel of the Triton backend (decode_attention.py)",
+        ("decode_attention.py", "_fwd_grouped_kernel_stage1[", "_fwd_kernel_stage1[", "in decode_attention_fwd"),
+        _ATTENTION.format("flashinfer"),
+    ),
+    Kernel(
+        "the attention kernel of prompts and images (prefill_attention.py)",
+        ("prefill_attention.py", "in context_attention_fwd"),
+        "--mm-attention-backend sdpa, or " + _ATTENTION.format("flashinfer"),
+    ),
+    Kernel(
+        "the dense block-FP8 kernel (w8a8_block_fp8_matmul)",
+        ("_w8a8_block_fp8_matmul", "w8a8_block_fp8_matmul", "w8a8_block_fp8_linear"),
+        "--fp8-gemm-backend cutlass (deep_gemm on Hopper); it has tuning files of its own, which moefix does not write",
+    ),
+    Kernel(
+        "the dense block-INT8 kernel (w8a8_block_int8_matmul)",
+        ("w8a8_block_int8_matmul",),
+        "a checkpoint in another number format; it has tuning files of its own, which moefix does not write",
+    ),
+    Kernel(
+        "the dense scaled product of the Triton backend (scaled_mm_kernel)",
+        ("scaled_mm_kernel[", "in triton_scaled_mm"),
+        "--fp8-gemm-backend cutlass",
+    ),
+    # triton-lang/triton#8182: 131072 bytes on 101376.
+    Kernel(
+        "OpenAI's matmul_ogs (triton_kernels)",
+        ("matmul_ogs", "triton_kernels/matmul", "triton_kernel_fused_experts", "triton_kernel_moe_forward"),
+        "--moe-runner-backend flashinfer_mxfp4 on a Blackwell card, else the model's bf16 checkpoint, whose experts "
+        "run in the kernel that moefix tunes",
+    ),
+    # NVIDIA/cutlass#3096: three stages are taken where two fit.
+    Kernel(
+        "a CUTLASS kernel of 4-bit or 8-bit experts (NVFP4 tiles)",
+        (
+            "cutlass_fused_moe",
+            "cutlass_moe",
+            "cutlass_w4a8",
+            "fp4_gemm",
+            "cutlass_fp4",
+            "moe_kernels.cu",
+            "grouped gemm",
+            "MoE grouped GEMM",
+            "GroupGemm",
+            "group_gemm",
+        ),
+        "--moe-runner-backend marlin (--fp4-gemm-backend marlin for the dense layers), or newer flashinfer and "
+        "sglang-kernel packages, which have smaller NVFP4 tiles for these cards",
+    ),
+    Kernel(
+        "a kernel of deterministic mode (batch_invariant_ops)",
+        ("matmul_kernel_persistent[", "batch_invariant_ops"),
+        "serve without --enable-deterministic-inference",
+    ),
+    Kernel(
+        "a kernel of linear attention",
+        ("/fla/", "chunk_gated_delta_rule", "chunk_kda", "fused_recurrent", "mamba/ops", "chunk_scan", "ssd_"),
+        "--linear-attn-backend flashinfer (or cutedsl), where this card has it",
+    ),
+    Kernel(
+        "the LoRA kernel of the dense layers",
+        ("_sgemm_lora", "sgemm_lora", "_chunked_lora", "lora/triton_ops"),
+        "--lora-backend with another choice, or a smaller --max-lora-rank",
+    ),
+    Kernel(
+        "a kernel that torch.compile made",
+        ("torchinductor_", "triton_poi_", "triton_red_", "triton_per_", "triton_tem_"),
+        "serve without --enable-torch-compile",
+    ),
+)
+
+UNKNOWN = Kernel("a kernel that moefix does not know", (), "look for a flag that chooses another backend for it")
+
+_LAUNCH = re.compile(r"^\s*(?P<name>[A-Za-z_]\w{2,80})\[[^\]]{0,200}\]\(")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One explained error.
+
+    Attributes:
+        fault, kernel: what went wrong, and where.
+        needs, has: shared memory a block in bytes, 0 where the error does not say.
+        launched: the unknown kernel's own name, "" where none was seen.
+    """
+
+    fault: Fault
+    kernel: Kernel
+    needs: int = 0
+    has: int = 0
+    launched: str = ""
+
+    def explain(self, card: str, *, installed: bool) -> tuple[str, ...]:
+        """The explanation, one line each.
+
+        Args:
+            card: the card's name, "" where it is not known.
+            installed: moefix installed files for the MoE kernel.
+        """
+        where = self.kernel.name + (f" ({self.launched})" if self.launched else "")
+        return (f"SGLang's error above: {where}: {self._what(card)}", f"  {self._cure(installed)}")
+
+    def _what(self, card: str) -> str:
+        if not self.needs:
+            return self.fault.value
+        return (
+            f"it needs {self.needs} bytes of shared memory a block, "
+            f"and {card or 'the card'} has {self.has}: {self.needs - self.has} too many"
+        )
+
+    def _cure(self, installed: bool) -> str:
+        if self.fault in _CURES:
+            return _CURES[self.fault]
+        if not self.kernel.reads_moe_file:
+            start = "A MoE file cannot cure that"
+            if self.fault is Fault.COMPILE:
+                return f"{start}. A newer driver, or the Triton that SGLang asks for, may; else {self.kernel.cure}"
+            return f"{start}. What helps: {self.kernel.cure}"
+        if self.fault is Fault.COMPILE:
+            return (
+                "A MoE file with other tiles may cure that: moefix tunes with what compiles. Start with "
+                "--moefix-fresh, and report it if it comes again"
+            )
+        if installed:
+            return (
+                "A MoE file cures that, and moefix had installed one: the verdict above says which file SGLang took. "
+                "Start with --moefix-fresh, and report it if it comes again"
+            )
+        return f"A MoE file cures that: {self.kernel.cure}"
+
+
+_CURES = {
+    Fault.FP8: (
+        "A MoE file cannot cure that: FP8 needs compute capability 8.9 or more. What helps: the bf16 checkpoint, or "
+        "one in AWQ or GPTQ, which Marlin runs"
+    ),
+    Fault.GATE_UP_TMA: "moefix writes no such file. Move that file away, or let moefix tune: --moefix-fresh",
+    Fault.NO_COMPILER: (
+        "A MoE file cannot cure that. Install a C compiler and Python's headers (Debian: gcc python3-dev), or run "
+        "moefix's image; `moefix doctor` checks for both"
+    ),
+    Fault.GPU_MEMORY: (
+        "That is the GPU's memory, not a block's shared memory: no MoE file changes it. What helps: another "
+        "--mem-fraction-static (lower if it fails while serving, higher if it asks for that), a smaller "
+        "--chunked-prefill-size, --cuda-graph-max-bs or --context-length, or more cards (--tp); `nvidia-smi` says who "
+        "else holds memory"
+    ),
+    Fault.NO_IMAGE: (
+        "A MoE file cannot cure that. The packages are built for other cards: install PyTorch, sglang-kernel and "
+        "flashinfer for this card's CUDA version"
+    ),
+}
+
+
+def find(error: str, above: Iterable[str]) -> Finding | None:
+    """What an error line means, None where it is none of the table.
+
+    Args:
+        error: the line.
+        above: the lines before it, the nearest first.
+    """
+    for sign in SIGNS:
+        match = sign.pattern.search(error)
+        if match is None:
+            continue
+        named = match.groupdict()
+        needs, has = int((named.get("needs") or "0")[:12]), int((named.get("has") or "0")[:12])
+        if sign.fault in _WITHOUT_KERNEL:
+            return Finding(sign.fault, _NOWHERE)
+        kernel, launched = _kernel(error, above)
+        if kernel is UNKNOWN and sign.fault is Fault.CUTLASS:
+            kernel, launched = _CUTLASS, ""
+        return Finding(sign.fault, kernel, needs, has, launched)
+    return None
+
+
+_WITHOUT_KERNEL = (Fault.GPU_MEMORY, Fault.NO_COMPILER, Fault.NO_IMAGE)
+_NOWHERE = Kernel("not in one kernel", (), "")
+
+
+def _kernel(error: str, above: Iterable[str]) -> tuple[Kernel, str]:
+    """The kernel that the error's own line or the nearest frame above names, and an unknown one's launch."""
+    launched = ""
+    for line in (error, *above):
+        for kernel in KERNELS:
+            if any(mark in line for mark in kernel.marks):
+                return kernel, ""
+        if not launched and (found := _LAUNCH.match(line)):
+            launched = found["name"]
+    return UNKNOWN, launched
+
+
+_CUTLASS = next(kernel for kernel in KERNELS if "cutlass_moe" in kernel.marks)
+
+
+class Diagnosis:
+    """Explains each kind of error once."""
+
+    def __init__(self) -> None:
+        self._said: set[tuple[str, str, str]] = set()
+
+    def see(self, line: str, above: Iterable[str]) -> Finding | None:
+        """What a line means, None where it is no error or one of a kind that was explained before."""
+        finding = find(line, above) if len(self._said) < MOST else None
+        if finding is None or self.kind(finding) in self._said:
+            return None
+        self._said.add(self.kind(finding))
+        return finding
+
+    def skip(self, kind: tuple[str, str, str]) -> None:
+        """Take a kind of error for explained."""
+        self._said.add(kind)
+
+    @staticmethod
+    def kind(finding: Finding) -> tuple[str, str, str]:
+        """What makes two errors alike."""
+        return (finding.fault.name, finding.kernel.name, finding.launched)

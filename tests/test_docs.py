@@ -1,0 +1,121 @@
+"""The documentation against the code: every option, exit code and name in it is there, and none is left out."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import click
+import pytest
+
+from fixer import cli, errors, launch
+from fixer.sglang_tree import PINNED, RELEASES
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("**/*.md")])
+README = (ROOT / "README.md").read_text()
+HOW = (ROOT / "docs" / "how-it-works.md").read_text()
+CHECKLIST = HOW.partition("### Supporting a new release: the checklist")[2]
+
+
+def commands() -> dict[str, click.Command]:
+    context = click.Context(cli.main)
+    found = {name: cli.main.get_command(context, name) for name in cli.main.list_commands(context)}
+    assert all(found.values())
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(commands()))
+def test_every_option_of_a_command_is_in_the_readme(name):
+    for parameter in commands()[name].params:
+        for spelling in parameter.opts:
+            if spelling.startswith("--"):
+                assert re.search(rf"{re.escape(spelling)}\b", README), f"{name} {spelling}"
+
+
+@pytest.mark.parametrize("name", sorted(commands()))
+def test_every_command_is_in_the_readme(name):
+    assert f"`moefix {name}" in README
+
+
+def test_moefixs_own_options_are_those_in_the_readme():
+    known = {f"--moefix-{name}" for name in (*launch._SWITCHES, *launch._VALUES)}
+    assert set(re.findall(r"--moefix-[a-z][a-z-]*[a-z]", README)) == known
+
+
+def exit_codes() -> dict[int, str]:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.MoefixError)]
+    return {kind.exit_code: kind.__name__ for kind in kinds}
+
+
+def test_the_table_of_exit_codes_is_complete():
+    table = README.partition("### Exit codes")[2].partition("\n### ")[0]
+    said = {int(code) for row in re.findall(r"^\| ([0-9, ]+) \|", table, re.M) for code in row.split(",")}
+    assert said == {0, 130, 143, *exit_codes()}
+
+
+def names_in_code(text: str) -> set[str]:
+    return set(re.findall(r"`(fixer\.[\w.]+)`", text))
+
+
+@pytest.mark.parametrize("name", sorted(names_in_code(HOW)))
+def test_a_name_in_how_it_works_is_there(name):
+    parts = name.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            thing = importlib.import_module(".".join(parts[:cut]))
+        except ImportError:
+            continue
+        for part in parts[cut:]:
+            thing = getattr(thing, part)
+        return
+    pytest.fail(name)
+
+
+def test_the_checklist_names_what_knows_a_release():
+    """What differs between releases is in these; a new place of that kind belongs into the checklist."""
+    source = (ROOT / "fixer" / "sglang_tree.py").read_text()
+    lists = set(re.findall(r"^([A-Z_]+(?:_FOLDERS|_SOURCES)) = \(", source, re.M)) - {"VERSION_SOURCES"}
+    lists |= {"RELEASES", "PINNED", *re.findall(r"^(LOG_[A-Z_]+) = ", source, re.M)}
+    named = {name.rpartition(".")[2] for name in names_in_code(CHECKLIST)}
+    assert lists <= named, lists - named
+    items = [int(number) for number in re.findall(r"^(\d+)\. ", CHECKLIST, re.M)]
+    assert items == list(range(1, len(items) + 1))
+
+
+@pytest.mark.parametrize("version", RELEASES)
+def test_a_release_is_in_every_place(version):
+    release = RELEASES[version]
+    assert f"| {version} | {release.triton} |" in HOW
+    assert version in README
+    cases = json.loads((ROOT / "tests" / "data" / "lookup-cases.json").read_text())
+    if version not in {"0.4.9", PINNED}:  # 0.4.9's cases are in tests/test_decide.py
+        assert all(f"v{version.replace('.', '_')}" in case for case in cases)
+    assert version in (ROOT / "tests" / "test_sglang_tree.py").read_text()
+
+
+def test_the_image_and_the_locks_are_made_for_the_pinned_release():
+    assert f"ARG SGLANG_VERSION={PINNED}" in (ROOT / "Dockerfile").read_text()
+    assert f"ARG TRITON_VERSION={RELEASES[PINNED].triton}" in (ROOT / "Dockerfile").read_text()
+    assert f"triton=={RELEASES[PINNED].triton}" in (ROOT / "requirements-test.lock").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    anchors = {re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in README.splitlines()}
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://")):
+            continue
+        path, _, anchor = target.partition("#")
+        assert not path or (page.parent / path).exists(), target
+        assert path or page.name != "README.md" or anchor in anchors, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_named_in_a_page_are_there(page):
+    named = set(re.findall(r"`((?:benchmarks|docs|tests|scripts|docker|fixer)/[\w./-]+)`", page.read_text()))
+    missing = [name for name in named if not (ROOT / name).exists()]
+    assert not missing, missing
