@@ -16,7 +16,7 @@ from fixer.errors import UsageError
 from fixer.launch import MoefixOptions, split_flags
 from fixer.progress import terminal_progress
 from fixer.serve import Voice
-from fixer.status import Board, Phase
+from fixer.status import Board, Phase, new_board, posted
 from fixer.store import data_home
 
 OWN_LIMIT = "own"
@@ -113,10 +113,11 @@ def run_kernel(request: Request, rounds: int | None, output: Output) -> None:
         MoefixError: there is no artefact, or nothing could be timed.
     """
     options, flags = request.options()
-    say, home = Voice(quiet=options.quiet), data_home(options.home)
+    home = data_home(options.home)
     limits = request.limits_or(options.smem_limit)
     results = []
     with _told(home) as board, terminal_progress(quiet=options.quiet) as progress:
+        say = Voice(options.quiet, board)
         for limit in limits:
             subject = find_subject(flags, replace(options, smem_limit=limit, skip_tune=True), home, say)
             _tell(board, subject, "the kernels")
@@ -138,9 +139,10 @@ def run_serve(request: Request, plan: ServePlan, output: Output, *, resume: bool
         MoefixError: tuning failed, a server did not start, a load was not answered.
     """
     options, flags = request.options()
-    say, home = Voice(quiet=options.quiet), data_home(options.home)
+    home = data_home(options.home)
     limits = request.limits_or(options.smem_limit)
     with _told(home) as board:
+        say = Voice(options.quiet, board)
         subjects = [find_subject(flags, replace(options, smem_limit=limit), home, say) for limit in limits]
         earlier = [_earlier(subject, plan) if resume else None for subject in subjects]
         _tell(board, subjects[0], "servers under load")
@@ -178,13 +180,6 @@ def _tell(board: Board, subject: Subject, what: str) -> None:
 @contextmanager
 def _told(home: Path) -> Iterator[Board]:
     """A state of this process for `moefix status`, with its end."""
-    board = Board(home)
-    try:
+    with posted(new_board(home)) as board:
         yield board
-    except Exception as fault:
-        board.update(phase=Phase.FAILED, detail=" ".join(str(fault).split())[:300])
-        raise
-    except BaseException:
-        board.update(phase=Phase.ENDED, detail="interrupted")
-        raise
-    board.update(phase=Phase.ENDED)
+        board.update(phase=Phase.ENDED)
