@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -116,7 +115,7 @@ def run_kernel(request: Request, rounds: int | None, output: Output) -> None:
     home = data_home(options.home)
     limits = request.limits_or(options.smem_limit)
     results = []
-    with _told(home) as board, terminal_progress(quiet=options.quiet) as progress:
+    with posted(new_board(home)) as board, terminal_progress(quiet=options.quiet) as progress:
         say = Voice(options.quiet, board)
         for limit in limits:
             subject = find_subject(flags, replace(options, smem_limit=limit, skip_tune=True), home, say)
@@ -141,7 +140,7 @@ def run_serve(request: Request, plan: ServePlan, output: Output, *, resume: bool
     options, flags = request.options()
     home = data_home(options.home)
     limits = request.limits_or(options.smem_limit)
-    with _told(home) as board:
+    with posted(new_board(home)) as board:
         say = Voice(options.quiet, board)
         subjects = [find_subject(flags, replace(options, smem_limit=limit), home, say) for limit in limits]
         earlier = [_earlier(subject, plan) if resume else None for subject in subjects]
@@ -175,11 +174,3 @@ def _tell(board: Board, subject: Subject, what: str) -> None:
     board.update(
         phase=Phase.BENCHMARKING, detail=what, model=subject.artefact.model, revision=subject.artefact.revision
     )
-
-
-@contextmanager
-def _told(home: Path) -> Iterator[Board]:
-    """A state of this process for `moefix status`, with its end."""
-    with posted(new_board(home)) as board:
-        yield board
-        board.update(phase=Phase.ENDED)

@@ -644,17 +644,17 @@ def look_at_pin(patient: Patient) -> Iterator[Finding]:
     good = tree.version == PINNED
     yield Finding(
         "SGLang",
-        State.OK if good else State.FAILURE,
+        State.OK if good else State.WARNING,
         f"{tree.version} in {tree.package}",
         "" if good else f"This moefix is built and tested with {PINNED}: set SGLANG_VERSION.",
     )
-    wanted = RELEASES[PINNED].triton
+    wanted = RELEASES.get(tree.version, RELEASES[PINNED]).triton
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         version = "none"
     good = version == wanted
-    fix = "" if good else f"SGLang {PINNED} runs with Triton {wanted}: set TRITON_VERSION."
+    fix = "" if good else f"SGLang {tree.version} runs with Triton {wanted}: set TRITON_VERSION."
     yield Finding("Triton", State.OK if good else State.FAILURE, version, fix)
 
 

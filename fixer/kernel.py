@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from typing import Any
 from fixer.errors import CompileError, SGLangError
 from fixer.kernel_arguments import LaunchContext, Product, Role, kernel_name, launch_arguments, operands
 from fixer.kernel_arguments import padded_tokens as sorted_length_of
+from fixer.store import write_atomically
 from fixer.workload import Projection, Tile, Workload
 
 KERNELS = ("fused_moe_kernel", "fused_moe_kernel_gptq_awq")
@@ -89,14 +89,9 @@ def _blank_all_but(lines: list[str], functions: list[ast.FunctionDef]) -> str:
 def load_kernels(source: KernelSource, folder: Path) -> Any:
     """Import the cut-out kernels as a module; its file is kept in `folder`, since Triton reads sources from files."""
     path = folder / f"sglang_kernels_{source.sha256[:16]}.py"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{os.getpid()}")
-        scratch.write_text(source.text, "utf-8")
-        scratch.replace(path)
-    elif hashlib.sha256(path.read_bytes()).hexdigest() != source.sha256:
-        path.unlink()  # a copy that somebody changed is worth nothing: it is written anew
-        return load_kernels.__wrapped__(source, folder)
+    # A copy that somebody changed is worth nothing: it is written anew.
+    if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != source.sha256:
+        write_atomically(path, source.text.encode())
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise CompileError(f"{path} cannot be imported.")

@@ -197,6 +197,7 @@ def posted(board: Board) -> Iterator[Board]:
     except BaseException as fault:
         board.update(phase=Phase.FAILED, detail=_one_line(f"{type(fault).__name__}: {fault}"))
         raise
+    board.update(phase=Phase.ENDED)
 
 
 def _one_line(text: str) -> str:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lookup_cases import CASES
 
 from fixer.sglang_tree import RELEASES, Tree, fetched_tree
 
 REPOSITORY = Path(__file__).parent.parent
-CASES: list[dict[str, Any]] = json.loads((Path(__file__).parent / "data" / "lookup-cases.json").read_text())
 
 
 @pytest.fixture(scope="session")

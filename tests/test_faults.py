@@ -88,7 +88,7 @@ def undisturbed(tmp_path_factory, trees, driver, compiled):  # noqa: F811
 
 
 def model_folders(factory):
-    from conftest import CASES
+    from lookup_cases import CASES
 
     root, folders = factory.mktemp("models"), {}
     for case in CASES:

@@ -17,9 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import CASES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lookup_cases import CASES
 
 from fixer.compiled import CompileCache
 from fixer.decide import decide
