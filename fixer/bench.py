@@ -23,7 +23,7 @@ from fixer.serve import Voice, artefact_for, importable_package
 from fixer.sglang_server import OUT_OF_SHARED_MEMORY
 from fixer.sglang_tree import OwnChoice, own_choices
 from fixer.situation import TUNABLE, Situation, look_around
-from fixer.store import Artefact, Lock, artefact_path, safe_name, utc_now
+from fixer.store import Artefact, Lock, artefact_path, utc_now
 from fixer.tuning.finals import Duel, DuelRequest, TilePair
 from fixer.tuning.process import ChildProcess, Factory, Fate
 from fixer.workload import Tile, Workload
@@ -113,12 +113,9 @@ class Subject:
 
     def lock(self, progress: Progress) -> Lock:
         """The card for this process alone, among all that tune or measure on this data folder."""
+        from fixer.tune import turn
 
-        def say_who(seconds: float, holder: str) -> None:
-            if seconds < 0.5:
-                progress.note(f"another moefix measures on this volume ({holder}); waiting for it")
-
-        return Lock(self.home / "locks" / f"{safe_name(self.card.sglang_name)}.lock", waiting=say_who)
+        return turn(self.home, self.card, progress)
 
     def empty_result(self, kind: Kind) -> BenchResult:
         """A result with nothing measured yet."""

