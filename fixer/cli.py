@@ -115,6 +115,7 @@ class MoefixGroup(click.Group):
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run and exit: with the command's own code, or with the fault's, told on stderr without a traceback."""
         code = 0
+        _open_standard_streams()
         try:
             result = super().main(*args, **{"prog_name": "moefix", **extra, "standalone_mode": False})
             code = result if isinstance(result, int) else 0
@@ -145,6 +146,21 @@ def _report(message: str, hint: str, code: int) -> int:
 def _usage_hint(fault: click.ClickException) -> str:
     context = fault.ctx if isinstance(fault, click.UsageError) else None
     return f"See {context.command_path} --help." if context is not None else ""
+
+
+def _open_standard_streams() -> None:
+    """Have what was closed (`>&-`) read from and write to nowhere, here and in every process to come.
+
+    Python has None for such a stream, and the next file that is opened would land on its number.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number: this one
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (as long as the process)
 
 
 def _drop_output() -> None:

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from fixer.kernel import Candidate, Compiled, CompileOutcome, Target, compile_candidate, planning_driver
-from fixer.signals import deferred
+from fixer.signals import settle_child, starting
 
 FROM_CACHE_SECONDS = 0.1
 """Quicker than any compilation."""
@@ -207,7 +207,7 @@ class CompilePool:
             target=_compile_for, args=(theirs, self._target), daemon=True, name="moefix-compile"
         )
         worker = _Worker(process, ours)
-        with deferred():
+        with starting():
             process.start()
             self._workers.append(worker)
         theirs.close()
@@ -279,9 +279,7 @@ class _NoTorch(MetaPathFinder):
 
 def _compile_for(pipe: Connection, target: Target) -> None:
     """A worker's life: candidates in, results out, until the pipe closes."""
-    os.setsid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    settle_child()
     silence = os.open(os.devnull, os.O_RDWR)
     sys.meta_path.insert(0, _NoTorch())
     for stream in (0, 1, 2):  # Triton prints the assembly of what ptxas refuses

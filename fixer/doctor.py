@@ -27,6 +27,7 @@ from fixer.errors import CardError, MoefixError, SGLangError, UsageError, told
 from fixer.families import rules_for
 from fixer.flags import ServerFlags, parse_flags
 from fixer.gpu import SHARED_MEMORY_BYTES, Card, occupancy, visible_cards
+from fixer.hub import uses_modelscope
 from fixer.sglang_tree import PINNED, RELEASES, Tree, find_tree
 
 SCHEMA = 1
@@ -572,7 +573,7 @@ def look_at_hub(patient: Patient) -> Iterator[Finding]:
     if constants.HF_HUB_OFFLINE:
         yield Finding("hub", State.OK, "offline by wish (HF_HUB_OFFLINE)")
         return
-    if os.environ.get("SGLANG_USE_MODELSCOPE", "").lower() in ("1", "true"):
+    if uses_modelscope():
         yield Finding("hub", State.OK, "ModelScope by wish (SGLANG_USE_MODELSCOPE): SGLang downloads by itself")
         return
     where = told_address(constants.ENDPOINT)

@@ -24,15 +24,13 @@ from fixer.fetch import Bytes, Done, Failed, Message, Plan, Request, Trouble, fr
 from fixer.hub import commit_in_cache, hub_cache, is_commit, is_hub_id, snapshot_folder, uses_modelscope
 from fixer.model import Model, Source
 from fixer.progress import Transfer, gigabytes, terminal_progress
+from fixer.signals import ALARM
 from fixer.status import Board, Phase, Share
 from fixer.store import parse_json, read_or_set_aside, safe_name, write_atomically
 from fixer.weights import FETCHED, Presence, presence
 
 if TYPE_CHECKING:
     from fixer.flags import ServerFlags
-
-ALARM = signal.SIGUSR1
-"""What the watching thread wakes the main thread with; nobody else sends it."""
 
 
 class Voice(Protocol):

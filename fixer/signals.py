@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,10 +12,13 @@ from types import FrameType
 ENDING = (signal.SIGTERM, signal.SIGINT)
 """What `docker stop` and Ctrl-C send."""
 
+ALARM = signal.SIGUSR1
+"""What a watching thread wakes the main thread with (fixer/download.py); nobody else sends it."""
+
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Have SIGTERM and SIGINT wait for the end of the `with` statement; keep it short.
+    """Have SIGTERM, SIGINT and the alarm wait for the end of the `with` statement; keep it short.
 
     A handler that raises in the middle of multiprocessing's start leaves a child that nobody knows of, or one that
     complains with a traceback that its parent sent it nothing. Blocking the signals would be inherited by the child.
@@ -22,16 +26,44 @@ def deferred() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # Python runs handlers in the main thread only
         return
-    came: list[int] = []
+    came: set[int] = set()
 
     def note(number: int, frame: FrameType | None) -> None:
-        came.append(number)
+        came.add(number)
 
-    before = {number: signal.signal(number, note) for number in ENDING if signal.getsignal(number) is not None}
+    held = [number for number in (*ENDING, ALARM) if signal.getsignal(number) is not None]
+    before = {number: signal.signal(number, note) for number in held}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        if came:
-            signal.raise_signal(came[0])
+        for number in held:  # what a user sent comes before the alarm
+            if number in came:
+                signal.raise_signal(number)
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """`deferred` around the start of a child of multiprocessing's that calls `settle_child` first of all.
+
+    A terminal sends Ctrl-C's SIGINT to the child too, and Python would answer it with a traceback while it is still
+    importing: it inherits that SIGINT is blocked.
+    """
+    from multiprocessing import resource_tracker
+
+    with deferred():
+        resource_tracker.ensure_running()  # here, since its start unblocks SIGINT
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def settle_child() -> None:
+    """Have this child in a session of its own, deaf to Ctrl-C and mortal by SIGTERM."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

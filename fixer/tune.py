@@ -176,10 +176,13 @@ def turn(home: Path, card: Card, progress: Progress) -> Lock:
     Whoever had to wait finds the other's result in the data folder: it is kept before the turn ends.
     """
     lock = home / "locks" / f"{safe_name(card.sglang_name)}.lock"
+    is_said = False
 
     def say_who(seconds: float, holder: str) -> None:
-        if seconds < 0.5:
+        nonlocal is_said
+        if not is_said:
             progress.note(f"another moefix is tuning on this volume ({holder}); waiting for it")
+        is_said = True
 
     return Lock(lock, waiting=say_who)
 

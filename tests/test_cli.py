@@ -36,8 +36,10 @@ def run(moefix_home: Path, trees: dict[str, Tree], tmp_path: Path) -> Run:
     for name in ("SGLANG_MOE_CONFIG_DIR", "HF_TOKEN", "FORCE_COLOR", "COLUMNS"):
         environment.pop(name, None)
 
-    def start(*arguments: str, **changes: str) -> "subprocess.CompletedProcess[str]":
+    def start(*arguments: str, closing: str = "", **changes: str) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, str(REPOSITORY / "entrypoint.py"), *arguments]
+        if closing:
+            command = ["sh", "-c", f'exec "$@" {closing}', "sh", *command]
         return subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=120, env={**environment, **changes}
         )
@@ -346,6 +348,59 @@ def test_a_fault_of_several_lines_is_one_line() -> None:
 def test_a_full_disk_is_no_traceback() -> None:
     result = CliRunner().invoke(failing(OSError(28, "No space left on device", "/x")), ["fail"])
     assert (result.exit_code, result.stderr) == (1, "moefix: /x: No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--version"],
+        ["--help"],
+        [],
+        ["status"],
+        ["status", "--json"],
+        ["doctor"],
+        ["doctor", "--json"],
+        ["plan", "--gpu", "H100", "--lookup-only"],
+        ["plan", "--gpu", "H100", "--lookup-only", "--json"],
+    ],
+    ids=" ".join,
+)
+def test_closed_output_is_no_traceback(run: Run, models: dict[str, Path], arguments: list[str], tmp_path: Path) -> None:
+    if arguments[:1] == ["plan"]:
+        arguments = [*arguments, "--sglang", "0.5.17", "--model", str(models[BLOG_POST])]
+    home = {"MOEFIX_HOME": str(tmp_path)} if arguments[:1] == ["status"] else {}
+    open_, closed = run(*arguments, **home), run(*arguments, closing=">&-", **home)
+    assert "Traceback" not in closed.stderr
+    assert "Error" not in closed.stderr
+    assert closed.stdout == ""
+    assert closed.returncode == open_.returncode
+    all_closed = run(*arguments, closing="<&- >&- 2>&-", **home)
+    assert all_closed.returncode == open_.returncode
+    assert all_closed.stdout + all_closed.stderr == ""
+
+
+@pytest.mark.parametrize("closing", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-", ""])
+def test_no_file_lands_on_a_closed_streams_number(tmp_path: Path, closing: str) -> None:
+    told_in = tmp_path / "told"
+    script = f"""
+import os, sys, json
+from fixer.cli import main
+try:
+    main(["--version"])
+except SystemExit:
+    pass
+with open({str(told_in)!r}, "w") as opened:
+    print("nowhere", file=sys.stdout, flush=True)
+    print("nowhere", file=sys.stderr, flush=True)
+    json.dump([opened.fileno(), [os.get_inheritable(n) for n in range(3)], sys.stdin is None], opened)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = ["sh", "-c", f'exec "$@" {closing}', "sh", sys.executable, "-c", script]
+    subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=60)
+    number, inheritable, is_none = json.loads(told_in.read_text())
+    assert number > 2
+    assert inheritable == [True] * 3
+    assert not is_none
 
 
 def test_a_reader_that_goes_away(run: Run, models: dict[str, Path], moefix_home: Path) -> None:

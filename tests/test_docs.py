@@ -78,11 +78,23 @@ def test_the_checklist_names_what_knows_a_release():
     """What differs between releases is in these; a new place of that kind belongs into the checklist."""
     source = (ROOT / "fixer" / "sglang_tree.py").read_text()
     lists = set(re.findall(r"^([A-Z_]+(?:_FOLDERS|_SOURCES)) = \(", source, re.M)) - {"VERSION_SOURCES"}
-    lists |= {"RELEASES", "PINNED", *re.findall(r"^(LOG_[A-Z_]+) = ", source, re.M)}
+    log = (ROOT / "fixer" / "sglang_log.py").read_text()
+    lists |= {"RELEASES", "PINNED", *re.findall(r"^([A-Z][A-Z_]+) = ", log, re.M)} - {"LONGEST_PATH"}
     named = {name.rpartition(".")[2] for name in names_in_code(CHECKLIST)}
     assert lists <= named, lists - named
     items = [int(number) for number in re.findall(r"^(\d+)\. ", CHECKLIST, re.M)]
     assert items == list(range(1, len(items) + 1))
+
+
+def test_the_way_of_the_data_names_modules_that_are_there():
+    way = HOW.partition("## The way of the data")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`([\w/]+(?:\.py|/))`", way))
+    missing = {name for name in named if not (ROOT / "fixer" / name).exists()}
+    assert not missing, missing
+    # Not in it: what every step uses.
+    everywhere = {"__init__", "cli", "errors", "progress", "signals"}
+    modules = {path.name for path in (ROOT / "fixer").glob("*.py") if path.stem not in everywhere}
+    assert modules <= named, modules - named
 
 
 @pytest.mark.parametrize("version", RELEASES)

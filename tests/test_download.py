@@ -17,12 +17,13 @@ from test_fetch import FILES, MIB, SHARDS, TOKEN, TOTAL, WANTED
 from test_serve import Machine, Result, compiled, driver, installed  # noqa: F401 (fixtures)
 
 import fixer.progress
-from fixer.download import ALARM, Download, Nothing, cached, downloading, is_recorded, wanted
+from fixer.download import Download, Nothing, cached, downloading, is_recorded, wanted
 from fixer.errors import HubError, MoefixError, TuneError
 from fixer.fetch import Request
 from fixer.flags import ServerFlags, parse_flags
 from fixer.hub import repository_folder, snapshot_folder
 from fixer.model import Model, Source
+from fixer.signals import ALARM
 from fixer.status import Phase, Share, new_board
 from fixer.weights import Presence
 

@@ -160,6 +160,25 @@ def test_a_signal_at_any_moment_ends_all_within_two_seconds(machine, undisturbed
     assert machine.kept().keys() == undisturbed.keys()
 
 
+TERMINAL_ROUNDS = 24
+
+
+def test_a_terminals_ctrl_c_shows_no_childs_traceback(machine):
+    """A terminal sends SIGINT to every process of its foreground group, also to those that are still starting."""
+    machine.env |= {fakes.PAUSE: "0.02"}
+    codes = []
+    for turn in range(TERMINAL_ROUNDS):
+        process = machine.start(start_new_session=True)
+        assert process.stderr.readline()
+        time.sleep(turn * 0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        codes.append(process.returncode)
+        assert "Traceback" not in err, f"round {turn}: {err}"
+        assert fakes.eventually(lambda: not machine.processes(), 10), turn
+    assert codes == [130] * TERMINAL_ROUNDS
+
+
 # --- two on one volume -----------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,7 @@ from rich.console import Console
 import fixer.report
 from fixer import serve
 from fixer.cli import main
-from fixer.gpu import known_cards
+from fixer.gpu import find_card, known_cards
 from fixer.kernel import read_kernel_source
 from fixer.report import choose, default_path, report_after_tuning, summary_of, write_report
 from fixer.report.evidence import Evidence, Part, Sources, gather, own_of
@@ -508,10 +508,11 @@ def test_tuning_writes_it(tmp_path, trees, monkeypatch, capsys):
     artefact = samples.real()
     tuned = SimpleNamespace(notes=(), artefact=artefact, looks=(), timings=(), timeline={"search": 1.0})
     monkeypatch.setattr("fixer.tune.tune", lambda *_: tuned)
+    monkeypatch.setattr("fixer.tune.state_of_cards", lambda job: ())
     situation = SimpleNamespace(
         decisions=[SimpleNamespace(workload=artefact.workload)],
         tree=trees["0.5.17"],
-        cards=[()],
+        cards=[(find_card(artefact.environment.card),)],
         model=SimpleNamespace(name="m", revision=None),
     )
     serve.tune_kind(situation, 0, serve.Wish((1,)), tmp_path, serve.Voice())

@@ -8,9 +8,11 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import fakes
 import pytest
@@ -18,7 +20,7 @@ import pytest
 from fixer.errors import SGLangError, TuneError
 from fixer.gpu import Card
 from fixer.store import Artefact, Decision, find_artefact, save_artefact
-from fixer.tune import covers, geometric_gain, tune
+from fixer.tune import covers, geometric_gain, tune, turn
 from fixer.tuning import card_runner  # the real PyTorch is in this process before the children's stand-in
 from fixer.tuning.journal import Journal, RunKey
 from fixer.tuning.trials import Outcome
@@ -293,6 +295,25 @@ def test_killed_ten_times_and_resumed(package, new_home, log):
         for line in part:
             known[line] = (number, part[-1])
     assert len(known) <= total * 1.3
+
+
+def test_who_waits_for_a_turn_says_so_once(package, home):
+    job, notes, has_turn = fakes.small_job(package, home), [], threading.Event()
+
+    def work():
+        with turn(home, job.card, SimpleNamespace(note=notes.append)):
+            has_turn.set()
+
+    with turn(home, job.card, SimpleNamespace(note=notes.append)):
+        waiting = threading.Thread(target=work, daemon=True)
+        waiting.start()
+        assert fakes.eventually(lambda: notes, 30)
+        time.sleep(1.0)
+        assert not has_turn.is_set()
+    waiting.join(30)
+    assert has_turn.is_set()
+    (said,) = [note for note in notes if "another moefix is tuning" in note]
+    assert f"on this volume (process {os.getpid()}" in said
 
 
 def test_two_at_once_take_turns(package, home, log):

@@ -20,7 +20,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from fixer.errors import MoefixError, TuneError, told
-from fixer.signals import deferred
+from fixer.signals import settle_child, starting
 
 Handler = Callable[[Any], Any]
 Factory = Callable[[], Handler]
@@ -62,7 +62,7 @@ class ChildProcess:
         self.close()
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=_serve, args=(theirs, self._factory), daemon=True, name="moefix-measure")
-        with deferred():
+        with starting():
             process.start()
             self._process = process
         theirs.close()
@@ -156,10 +156,8 @@ class ChildProcess:
 
 def _serve(pipe: Connection, factory: Factory) -> None:
     """The child's life: build, say so, answer until the pipe closes. An error that is not moefix's ends it."""
-    os.setsid()
+    settle_child()
     die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with suppress(EOFError, OSError):  # the parent is gone: so is the reason to live
         try:
             handle = factory()
