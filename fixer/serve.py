@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import shutil
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from fixer.errors import MoefixError, StoreError, TuneError, told
 from fixer.install import Installation, Pair, install_pair
 from fixer.kept import is_known_to_fit, misfit_of, remember_fit
 from fixer.launch import MoefixOptions, become_server, reachable, split_flags
-from fixer.progress import Progress, terminal_progress
+from fixer.progress import Progress, tell, terminal_progress
 from fixer.proof import relay_settings, server_url
 from fixer.sglang_tree import own_choices
 from fixer.situation import TUNABLE, Situation, look_around
@@ -37,6 +38,7 @@ def serve(argv: Sequence[str]) -> NoReturn:
         MoefixError: what makes serving pointless (no such model, no card, no SGLang). A failed tuning is a warning,
             and an error only with --moefix-strict.
     """
+    open_closed_streams()
     options, server_flags = split_flags(with_baked_command(argv))
     home = home_or_passing(options, Voice(quiet=options.quiet))
     with posted(new_board(home)) as board:
@@ -66,6 +68,15 @@ def serve_told(server_flags: Sequence[str], options: MoefixOptions, home: Path, 
     become_server(reachable(server_flags, situation.flags.host), environment.items(), relay)
 
 
+def open_closed_streams() -> None:
+    """Have descriptors 0 to 2 lead nowhere if they are closed: a file opened later would get what goes to them."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+
+
 @dataclass(frozen=True)
 class Voice:
     """What moefix says on standard error; `quiet` leaves only warnings."""
@@ -80,7 +91,7 @@ class Voice:
 
     def warning(self, text: str) -> None:
         """Something that must be known."""
-        print(f"moefix: {text}", file=sys.stderr, flush=True)
+        tell(text)
 
     def follow(self, progress: Progress) -> Progress:
         """Have the board show a piece of work's progress too."""
