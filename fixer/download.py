@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
-from fixer.errors import HubError, MoefixError, StoreError
+from fixer.errors import HubError, MoefixError, StoreError, told
 from fixer.fetch import Bytes, Done, Failed, Message, Plan, Request, Trouble, from_line
 from fixer.hub import commit_in_cache, hub_cache, is_commit, is_hub_id, snapshot_folder, uses_modelscope
 from fixer.model import Model, Source
@@ -309,6 +309,22 @@ class Download:
     # The watching thread.
 
     def _watch(self) -> None:
+        try:
+            self._follow()
+        except Exception as error:  # whatever it is, the main thread must not wait for ever
+            self._failed = Failed(
+                f"the download could not be followed: {told(error)}",
+                "start again: what has come is kept",
+                HubError.exit_code,
+                lasting=False,
+            )
+        finally:
+            self._over.set()
+        if self._failed is not None and self._failed.lasting and not self._has_weights():
+            # A signal of its own, so that the main thread wakes up whatever it waits for.
+            signal.pthread_kill(threading.main_thread().ident or 0, ALARM)
+
+    def _follow(self) -> None:
         process = self._process
         assert process is not None
         assert process.stdout is not None
@@ -326,10 +342,6 @@ class Download:
                 HubError.exit_code,
                 lasting=False,
             )
-        self._over.set()
-        if self._failed is not None and self._failed.lasting and not self._has_weights():
-            # A signal of its own, so that the main thread wakes up whatever it waits for.
-            signal.pthread_kill(threading.main_thread().ident or 0, ALARM)
 
     def _hear(self, message: Message | None) -> None:
         match message:

@@ -235,6 +235,27 @@ def test_a_download_that_dies(
                 download.wait()
 
 
+@pytest.mark.parametrize("complete", [False, True])
+def test_a_watcher_that_stumbles_does_not_keep_the_start_waiting(
+    endpoint: str, cache: Path, tmp_path: Path, complete: bool
+) -> None:
+    class Stumbling(Said):
+        def line(self, text: str) -> None:
+            raise RuntimeError("oh")
+
+    say = Stumbling()
+    if complete:
+        fill(cache, *SHARDS, "model.safetensors.index.json")
+    with downloading(model(), ServerFlags(), tmp_path, say) as download:
+        assert download._over.wait(60)
+        if complete:
+            download.wait()
+            assert "could not be followed: RuntimeError: oh; the cache has all weights" in str(say)
+        else:
+            with pytest.raises(HubError, match="could not be followed: RuntimeError: oh"):
+                download.wait()
+
+
 def test_it_is_left_to_sglang(site: Site, endpoint: str, tmp_path: Path, say: Said) -> None:
     flags = ServerFlags(speculative_draft_model_path="owner/draft")
     with downloading(model(), flags, tmp_path, say, skip=True) as download:
