@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -355,6 +356,19 @@ def test_offline_without_the_weights(machine, site):
     assert (result.code, result.record) == (6, None)
     assert "HF_HUB_OFFLINE is set" in result.err
     assert len(site.requests) == asked
+
+
+def test_a_hub_that_is_gone_and_a_cache_that_has_all(machine, cache):
+    machine.artefact()
+    assert machine.run(*NAME).served
+    shutil.rmtree(machine.home / "downloads")  # another data folder, so to speak
+    result = machine.run(*NAME, env={"HF_ENDPOINT": "http://127.0.0.1:9"})
+    assert result.served, result.err
+    assert f"the hub is out of reach, and the weights are in the cache, commit {COMMIT}" in result.err
+    assert "trying again" not in result.err
+    (snapshot_folder(cache, "owner/name", COMMIT) / SHARDS[1]).unlink()
+    gone = Model("owner/name", "A", {}, {}, None, COMMIT, Source.HUB, from_cache=True)
+    assert isinstance(wanted(gone, ServerFlags(), machine.home, {}), Request)
 
 
 def test_dummy_weights_and_skipping_fetch_nothing(machine, site):
