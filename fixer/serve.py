@@ -62,7 +62,7 @@ def serve_told(server_flags: Sequence[str], options: MoefixOptions, home: Path, 
         sys.exit(0)
     if "fixer.compile_pool" in sys.modules:
         sys.modules["fixer.compile_pool"].end_helpers()
-    files = [name for each in installations for name in (each.gate_up_path.name, each.down_path.name)]
+    files = dict.fromkeys(path.name for each in installations for path in (each.gate_up_path, each.down_path))
     board.update(phase=Phase.SERVING, detail="SGLang is starting", files=tuple(files), url=server_url(situation.flags))
     relay = relay_settings(situation, installations, home, board.path, quiet=options.quiet)
     become_server(reachable(server_flags, situation.flags.host), environment.items(), relay)
@@ -376,7 +376,7 @@ def fitting_instead(situation: Situation, kind: int, home: Path, say: Voice) -> 
                     make_plan(left.model, left.flags, card, left.tree, compiler), left.tree.triton_folder
                 )
                 say.warning(f"serving with a configuration that fits this card and was not measured: {joint[0]}")
-                return []
+                return [Installation(joint[0].parent, joint[0], joint[0], (), ())]
             pair = safe_pair(left, kind, compiler, fits=bool(vetted.fits))
         if pair is None:
             say.warning("serving with SGLang's own configuration, which may not run: nothing is known to fit this card")

@@ -185,6 +185,20 @@ def test_never_looked_up(machine):
     assert "SGLang never looked for a MoE file" in verdict_lines(result)[-1]
 
 
+def test_one_joint_file_is_moefixs_too(tmp_path, trees, driver, models, compiled):  # noqa: F811 (fixtures)
+    machine = Machine(tmp_path, trees["0.4.9"].package, driver, models, compiled)
+    (machine.package / "launch_server.py").write_text(SERVER)
+    folder = "srt/layers/moe/fused_moe_triton/configs/triton_3_6_0"
+    machine.env |= {"PACKAGE": str(machine.package), "FOLDER": folder}
+    name = "E=8,N=64,device_name=NVIDIA_H100_80GB_HBM3.json"
+    result = machine.run(*machine.flags, "--moefix-skip-tune", "--moefix-smem-limit=16000", env=lines_env(name, READY))
+    assert result.served, result.err
+    assert "without a file of moefix" not in result.err
+    assert f"picked up the file: {name}" in verdict_lines(result)[-1]
+    (state,) = status.states(machine.home)
+    assert state.files == (name,)
+
+
 # --- asking ----------------------------------------------------------------------------------------------------------
 
 
