@@ -146,7 +146,7 @@ def prepare(situation: Situation, options: MoefixOptions, home: Path, say: Voice
     for kind, decision in enumerate(situation.decisions):
         card = situation.cards[kind][0]
         say.line(f"{situation.model.name} on {card.name}, SGLang {situation.tree.version}: {decision.reason}")
-        for note in filter(None, (situation.model.note, *decision.notes)):
+        for note in decision.notes:
             say.line(note)
         if decision.outcome not in TUNABLE or decision.workload is None:
             say.line("nothing to tune")
