@@ -58,7 +58,7 @@ def serve_told(server_flags: Sequence[str], options: MoefixOptions, home: Path, 
         download.wait()
     environment = {name: value for installation in installations for name, value in installation.env}
     if options.dry_run:
-        say.line("dry run: the server is not started")
+        say.line("dry run: no weights were fetched, SGLang was not asked, and the server is not started")
         sys.exit(0)
     if "fixer.compile_pool" in sys.modules:
         sys.modules["fixer.compile_pool"].end_helpers()

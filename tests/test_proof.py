@@ -14,6 +14,7 @@ from test_serve import FOLDER, H100, Machine, compiled, driver, installed  # noq
 from fixer import asked as asking
 from fixer import status
 from fixer.decide import decide
+from fixer.errors import SGLangError, TuneError
 from fixer.flags import parse_flags
 from fixer.model import load_model
 from fixer.proof import server_url
@@ -246,6 +247,10 @@ def test_an_answer_that_does_not_come_leaves_it_to_the_rules(machine):
     assert "RuntimeError: no such card; going by moefix's rules" in result.err
     assert installed(machine, artefact)
     assert b"no such card" in (machine.home / "ask.log").read_bytes()
+    strict = machine.run(*machine.flags, "--moefix-ask", "--moefix-strict")
+    assert strict.code in (SGLangError.exit_code, TuneError.exit_code)
+    assert strict.record is None
+    assert "RuntimeError: no such card" in strict.err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
