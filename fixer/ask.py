@@ -59,7 +59,7 @@ def as_asked(situation: Situation, argv: Sequence[str], options: MoefixOptions, 
     for kind, decision in enumerate(situation.decisions):
         asked = _known(situation, kind, options, home, say)
         if asked is None and _wanted(decision.outcome, options):
-            asked = _asked_now(situation, kind, argv, home, say)
+            asked = _asked_now(situation, kind, argv, home, say, strict=options.strict)
         decisions.append(decision if asked is None else _corrected(situation, kind, asked, say))
     return replace(situation, decisions=tuple(decisions))
 
@@ -86,13 +86,21 @@ def _wanted(outcome: Outcome, options: MoefixOptions) -> bool:
     return able and not options.skip_tune and not options.dry_run and (options.ask or outcome is Outcome.UNCERTAIN)
 
 
-def _asked_now(situation: Situation, kind: int, argv: Sequence[str], home: Path, say: Voice) -> Asked | None:
-    """Ask, and keep the answer; None, with a note, where there is none."""
+def _asked_now(
+    situation: Situation, kind: int, argv: Sequence[str], home: Path, say: Voice, *, strict: bool
+) -> Asked | None:
+    """Ask, and keep the answer; None, with a note, where there is none.
+
+    Raises:
+        SGLangError, TuneError: there is none, and `strict`.
+    """
     say.line("asking SGLang itself which MoE file it looks for (dummy weights, few layers) ...")
     began = time.monotonic()
     try:
         answer = ask(situation, argv, home)
     except (SGLangError, TuneError) as fault:
+        if strict:
+            raise
         say.warning(f"{fault.message} {fault.hint}".strip() + "; going by moefix's rules")
         return None
     took = f"asked in {time.monotonic() - began:.0f} s"

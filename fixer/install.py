@@ -87,7 +87,7 @@ class Installation:
 
     Attributes:
         folder: the triton_* folder that holds the pair.
-        gate_up_path, down_path: the files.
+        gate_up_path, down_path: the files; one and the same for a release that reads one joint file.
         env: environment variables that SGLang has to be started with; none where the pair is in its own tree.
         notes: what was done that a person may want to know, one line each.
     """

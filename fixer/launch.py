@@ -33,12 +33,12 @@ class MoefixOptions:
     Attributes:
         skip_tune: do not measure; install what is kept, or what fits.
         fresh: tune anew, whatever is kept.
-        strict: a failed tuning is an error, not a warning.
+        strict: a failed tuning, or asking that fails, is an error, not a warning.
         smem_limit: a lower limit of shared memory per block, in bytes; None for the card's own.
         home: the data folder; None for the default.
         sglang_root: SGLang's tree; None for the installed one.
         quiet: print warnings and errors only.
-        dry_run: say what would be done, and do not start the server.
+        dry_run: fetch no weights, do not ask SGLang, and do not start the server.
         skip_download: leave the weights' download to SGLang.
         ask: ask SGLang itself which file it will look for, where that is not known from an earlier start.
     """

@@ -58,11 +58,11 @@ def serve_told(server_flags: Sequence[str], options: MoefixOptions, home: Path, 
         download.wait()
     environment = {name: value for installation in installations for name, value in installation.env}
     if options.dry_run:
-        say.line("dry run: the server is not started")
+        say.line("dry run: no weights were fetched, SGLang was not asked, and the server is not started")
         sys.exit(0)
     if "fixer.compile_pool" in sys.modules:
         sys.modules["fixer.compile_pool"].end_helpers()
-    files = [name for each in installations for name in (each.gate_up_path.name, each.down_path.name)]
+    files = dict.fromkeys(path.name for each in installations for path in (each.gate_up_path, each.down_path))
     board.update(phase=Phase.SERVING, detail="SGLang is starting", files=tuple(files), url=server_url(situation.flags))
     relay = relay_settings(situation, installations, home, board.path, quiet=options.quiet)
     become_server(reachable(server_flags, situation.flags.host), environment.items(), relay)
@@ -146,7 +146,7 @@ def prepare(situation: Situation, options: MoefixOptions, home: Path, say: Voice
     for kind, decision in enumerate(situation.decisions):
         card = situation.cards[kind][0]
         say.line(f"{situation.model.name} on {card.name}, SGLang {situation.tree.version}: {decision.reason}")
-        for note in filter(None, (situation.model.note, *decision.notes)):
+        for note in decision.notes:
             say.line(note)
         if decision.outcome not in TUNABLE or decision.workload is None:
             say.line("nothing to tune")
@@ -376,7 +376,7 @@ def fitting_instead(situation: Situation, kind: int, home: Path, say: Voice) -> 
                     make_plan(left.model, left.flags, card, left.tree, compiler), left.tree.triton_folder
                 )
                 say.warning(f"serving with a configuration that fits this card and was not measured: {joint[0]}")
-                return []
+                return [Installation(joint[0].parent, joint[0], joint[0], (), ())]
             pair = safe_pair(left, kind, compiler, fits=bool(vetted.fits))
         if pair is None:
             say.warning("serving with SGLang's own configuration, which may not run: nothing is known to fit this card")

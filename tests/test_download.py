@@ -367,6 +367,7 @@ def test_a_hub_that_is_gone_and_a_cache_that_has_all(machine, cache):
     assert result.served, result.err
     assert f"the hub is out of reach, and the weights are in the cache, commit {COMMIT}" in result.err
     assert "trying again" not in result.err
+    assert result.err.count("config.json is the cache's") == 1
     (snapshot_folder(cache, "owner/name", COMMIT) / SHARDS[1]).unlink()
     gone = Model("owner/name", "A", {}, {}, None, COMMIT, Source.HUB, from_cache=True)
     assert isinstance(wanted(gone, ServerFlags(), machine.home, {}), Request)

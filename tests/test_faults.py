@@ -629,6 +629,23 @@ def test_a_kept_tuning_that_overflows_is_set_aside_and_the_server_starts(machine
         assert not installed(machine, artefact)
 
 
+def test_the_proof_on_a_card_goes_through_with_stand_ins(machine, tmp_path):
+    machine.artefact()
+    program = str(ROOT / "benchmarks" / "prove_verdicts.py")
+    words = ("--model", str(machine.model), "--home", str(machine.home), "--out", str(tmp_path / "out"))
+    done = subprocess.run(
+        [sys.executable, program, *words, "--only", "overflow", "--", "--load-format", "dummy"],
+        env=machine.env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "proved: overflow" in done.stdout
+    assert list((tmp_path / "out" / "overflow-home" / "artefacts").glob("*/*.damaged-*"))
+
+
 def test_a_ready_tuned_images_tuning_that_overflows_is_passed_over(machine, tmp_path):
     good = machine.artefact()
     baked = tmp_path / "baked"

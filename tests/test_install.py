@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fakes import eventually
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -239,21 +240,27 @@ def test_the_version_cannot_lead_out_of_the_data_folder(tree, monkeypatch):
     assert done.folder.resolve().is_relative_to(tree / "home" / "overlay")
 
 
+def state(path):
+    return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
+
+
 def test_kill_9_while_installing_leaves_whole_files(tree):
     code = "import sys, pathlib, itertools\nsys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests']\n"
     code += "from test_install import *\n"
     code += "folder = pathlib.Path(sys.argv[2])\nprint('ready', flush=True)\n"
-    code += "for turn in itertools.count():\n"
+    code += "for turn in itertools.count(int(sys.argv[3])):\n"
     code += " tile = Tile(16, 64, 128, 1 + turn % 64)\n"
     code += " table = {batch: tile for batch in range(1, 200)}\n"
     code += " install_pair(folder, Pair(UP, DOWN, table, table), folder, '0')"
     folder = running(tree)
     seed = random.Random(7)
     seen = set()
-    for _ in range(10):
-        command = [sys.executable, "-c", code, str(ROOT), str(folder)]
+    for number in range(10):
+        before = state(folder / UP)
+        command = [sys.executable, "-c", code, str(ROOT), str(folder), str(6 * number)]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/")
         child.stdout.readline()
+        assert eventually(lambda before=before: state(folder / UP) != before, 60)  # it installs by now
         time.sleep(seed.uniform(0, 0.05))
         child.kill()
         child.communicate()

@@ -15,6 +15,7 @@ from test_serve import FOLDER, H100, Machine, compiled, driver, installed  # noq
 from fixer import asked as asking
 from fixer import status
 from fixer.decide import decide
+from fixer.errors import SGLangError, TuneError
 from fixer.flags import parse_flags
 from fixer.model import load_model
 from fixer.proof import server_url
@@ -186,6 +187,20 @@ def test_never_looked_up(machine):
     assert "SGLang never looked for a MoE file" in verdict_lines(result)[-1]
 
 
+def test_one_joint_file_is_moefixs_too(tmp_path, trees, driver, models, compiled):  # noqa: F811 (fixtures)
+    machine = Machine(tmp_path, trees["0.4.9"].package, driver, models, compiled)
+    (machine.package / "launch_server.py").write_text(SERVER)
+    folder = "srt/layers/moe/fused_moe_triton/configs/triton_3_6_0"
+    machine.env |= {"PACKAGE": str(machine.package), "FOLDER": folder}
+    name = "E=8,N=64,device_name=NVIDIA_H100_80GB_HBM3.json"
+    result = machine.run(*machine.flags, "--moefix-skip-tune", "--moefix-smem-limit=16000", env=lines_env(name, READY))
+    assert result.served, result.err
+    assert "without a file of moefix" not in result.err
+    assert f"picked up the file: {name}" in verdict_lines(result)[-1]
+    (state,) = status.states(machine.home)
+    assert state.files == (name,)
+
+
 # --- asking ----------------------------------------------------------------------------------------------------------
 
 
@@ -235,6 +250,10 @@ def test_an_answer_that_does_not_come_leaves_it_to_the_rules(machine):
     assert "RuntimeError: no such card for ***; going by moefix's rules" in result.err
     assert installed(machine, artefact)
     assert b"no such card" in (machine.home / "ask.log").read_bytes()
+    strict = machine.run(*machine.flags, "--moefix-ask", "--moefix-strict")
+    assert strict.code in (SGLangError.exit_code, TuneError.exit_code)
+    assert strict.record is None
+    assert "RuntimeError: no such card" in strict.err
 
 
 def asked_process(machine):
