@@ -37,6 +37,8 @@ class Phase(Enum):
     STARTING = "starting"
     WAITING = "waiting"
     """Another moefix tunes on this volume."""
+    ASKING = "asking"
+    """SGLang is asked which file it looks for."""
     TUNING = "tuning"
     BENCHMARKING = "benchmarking"
     """`moefix bench` times the kernels or a server of its own."""
@@ -192,12 +194,12 @@ def posted(board: Board) -> Iterator[Board]:
         board.update(phase=Phase.FAILED, detail=_one_line(f"{fault.message} {fault.hint}"))
         raise
     except (SystemExit, KeyboardInterrupt):
-        board.update(phase=Phase.ENDED)
+        board.update(phase=Phase.ENDED, detail="")
         raise
     except BaseException as fault:
         board.update(phase=Phase.FAILED, detail=_one_line(f"{type(fault).__name__}: {fault}"))
         raise
-    board.update(phase=Phase.ENDED)
+    board.update(phase=Phase.ENDED, detail="")
 
 
 def _one_line(text: str) -> str:
@@ -215,6 +217,7 @@ class OnBoard:
         self._progress = progress
         self._board = board
         self._share = Share(0, 0, "steps")
+        self._before = board.status
 
     def phase(self, name: str, total: int) -> None:
         """A new phase begins."""
@@ -230,9 +233,12 @@ class OnBoard:
         self._progress.advance(detail, total)
 
     def note(self, line: str) -> None:
-        """One line that stays; waiting for another process is a phase of its own."""
+        """One line that stays; waiting for another process is a phase of its own, until the next line."""
         if line.startswith(WAITING_WORDS):
+            self._before = self._board.status
             self._board.update(phase=Phase.WAITING, detail=_one_line(line))
+        elif self._board.status.phase is Phase.WAITING:
+            self._board.update(phase=self._before.phase, detail=self._before.detail)
         self._progress.note(line)
 
 
@@ -341,7 +347,9 @@ def health(home: Path, seconds: float = HEALTH_SECONDS) -> tuple[bool, str]:
     """Whether this host's server answers, and in one line what it does."""
     here = socket.gethostname()
     mine = [status for status in current_states(home) if status.host == here]
-    status = next((each for each in mine if each.phase not in OVER), mine[0] if mine else None)
+    # Whatever else runs beside the server (`moefix bench`, `moefix tune`): it is the server that is asked about.
+    mine.sort(key=lambda status: (status.phase in OVER, status.phase is not Phase.SERVING or not status.url))
+    status = mine[0] if mine else None
     if status is None:
         return False, "no moefix runs here with this data folder"
     if status.phase is not Phase.SERVING or not status.url:

@@ -27,7 +27,7 @@ def test_the_child_dies_with_a_killed_parent(tmp_path):
     environment = {**os.environ, "PYTHONPATH": root, MARK: str(tmp_path)}
     parent = subprocess.Popen([sys.executable, "-c", program], env=environment)
     family = lambda: fakes.processes_with(MARK, str(tmp_path))  # noqa: E731
-    sleeps = lambda: [pid for pid in family() if b"sleep" == Path(f"/proc/{pid}/comm").read_bytes().strip()]  # noqa: E731
+    sleeps = lambda: [pid for pid in family() if Path(f"/proc/{pid}/comm").read_bytes().strip() == b"sleep"]  # noqa: E731
     try:
         assert fakes.eventually(sleeps, 20)
         parent.kill()

@@ -100,6 +100,8 @@ def test_progress_goes_to_the_board_and_on(tmp_path):
     progress.note("another moefix is tuning on this volume (pid 7 on x); waiting for it")
     assert board.status.phase is Phase.WAITING
     assert "pid 7 on x" in board.status.detail
+    progress.note("the other moefix is done; going on")
+    assert (board.status.phase, board.status.detail) == (Phase.STARTING, "")
     progress.phase("search", 200)
     progress.advance()
     progress.advance("x", total=400)
@@ -113,9 +115,11 @@ def test_the_end_is_told(tmp_path):
     with pytest.raises(TuneError), posted(new_board(tmp_path)):
         raise TuneError("it broke", "mend\nit")
     assert (states(tmp_path)[0].phase, states(tmp_path)[0].detail) == (Phase.FAILED, "it broke mend it")
-    with pytest.raises(SystemExit), posted(new_board(tmp_path)):
+    board = new_board(tmp_path)
+    board.update(phase=Phase.TUNING, detail="finals")
+    with pytest.raises(SystemExit), posted(board):
         raise SystemExit(143)
-    assert states(tmp_path)[0].phase is Phase.ENDED
+    assert (states(tmp_path)[0].phase, states(tmp_path)[0].detail) == (Phase.ENDED, "")
     with pytest.raises(RuntimeError), posted(new_board(tmp_path)):
         raise RuntimeError("odd")
     assert states(tmp_path)[0].detail == "RuntimeError: odd"
@@ -230,6 +234,18 @@ def test_health_asks_the_server(tmp_path, code, healthy):
         good, text = health(tmp_path)
     assert good is healthy
     assert url in text
+
+
+def test_health_is_the_servers_whatever_runs_beside_it(tmp_path):
+    beside = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "moefix"])
+    try:
+        with server(200) as url:
+            write(tmp_path, phase=Phase.SERVING, url=url, updated=OLD)
+            write(tmp_path, pid=beside.pid, phase=Phase.BENCHMARKING)
+            assert health(tmp_path) == (True, f"healthy: {url}")
+    finally:
+        beside.kill()
+        beside.wait()
 
 
 def test_health_without_an_answer(tmp_path):
