@@ -395,9 +395,12 @@ def test_the_board_while_it_tunes_and_serves(machine):
     healthy, text = status.health(machine.home)
     assert not healthy  # the stand-in answers nothing
     assert "does not answer" in text
+    lock = status.lock_path(status.state_path(machine.home, state().host, process.pid))
+    assert status.is_held(lock)  # by the server
     process.kill()
     process.communicate(timeout=60)
     assert fakes.eventually(lambda: phase() is Phase.ENDED and state().detail == "", 20)
+    assert status.is_held(lock) is False
 
 
 def test_the_board_of_a_tuning_without_a_server(machine):
