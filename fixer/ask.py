@@ -25,8 +25,10 @@ from fixer.families import NEW, at_least, look_up
 from fixer.flags import ServerFlags, parse_flags, plain_flags
 from fixer.launch import MoefixOptions, server_command
 from fixer.model import Model
+from fixer.progress import terminal_progress
 from fixer.sglang_log import read_line
 from fixer.signals import deferred
+from fixer.status import Phase
 from fixer.store import utc_now, write_atomically
 from fixer.verdict import SETTLING_SECONDS, Expected, Seen, down_name, ran_instead
 
@@ -54,13 +56,19 @@ ADDED_FLAGS = (
 
 
 def as_asked(situation: Situation, argv: Sequence[str], options: MoefixOptions, home: Path, say: Voice) -> Situation:
-    """The situation with what SGLang asked for, at an earlier start or now, in place of what the rules worked out."""
-    decisions = []
-    for kind, decision in enumerate(situation.decisions):
-        asked = _known(situation, kind, options, home, say)
-        if asked is None and _wanted(decision.outcome, options):
-            asked = _asked_now(situation, kind, argv, home, say, strict=options.strict)
-        decisions.append(decision if asked is None else _corrected(situation, kind, asked, say))
+    """The situation with what SGLang asked for, at an earlier start or now, in place of what the rules worked out.
+
+    SGLang names its files after the first card, so it is asked once, and its answer holds for every kind of card.
+    """
+    asked = _known(situation, options, home, say)
+    if asked is None and any(_wanted(decision.outcome, options) for decision in situation.decisions):
+        asked = _asked_in_turn(situation, argv, home, say, strict=options.strict)
+    if asked is None:
+        return situation
+    decisions = (
+        _corrected(situation, kind, asked, say) if kind == 0 or decision.outcome not in UNABLE else decision
+        for kind, decision in enumerate(situation.decisions)
+    )
     return replace(situation, decisions=tuple(decisions))
 
 
@@ -72,44 +80,82 @@ def _corrected(situation: Situation, kind: int, asked: Asked, say: Voice) -> Dec
         return replace(situation.decisions[kind], outcome=Outcome.NO_LOOKUP, reason=str(fault), workload=None)
 
 
-def _known(situation: Situation, kind: int, options: MoefixOptions, home: Path, say: Voice) -> Asked | None:
-    asked, damaged = find(home, question_of(situation, kind))
+def _known(situation: Situation, options: MoefixOptions, home: Path, say: Voice) -> Asked | None:
+    asked, damaged = find(home, question_of(situation, 0))
     if damaged is not None:
         say.warning(str(damaged))
     fresh = options.ask and options.fresh
     return None if fresh else asked
 
 
+UNABLE = (Outcome.NO_MOE, Outcome.LOAD_ERROR, Outcome.ASKS_THEN_CRASHES)
+"""Outcomes with which there is nothing to ask."""
+
+
 def _wanted(outcome: Outcome, options: MoefixOptions) -> bool:
     """Whether SGLang is to be asked. A start that measures nothing does not wait for an answer either."""
-    able = outcome not in (Outcome.NO_MOE, Outcome.LOAD_ERROR, Outcome.ASKS_THEN_CRASHES)
-    return able and not options.skip_tune and not options.dry_run and (options.ask or outcome is Outcome.UNCERTAIN)
+    able = outcome not in UNABLE and not options.skip_tune and not options.dry_run
+    return able and (options.ask or outcome is Outcome.UNCERTAIN)
 
 
-def _asked_now(
-    situation: Situation, kind: int, argv: Sequence[str], home: Path, say: Voice, *, strict: bool
-) -> Asked | None:
-    """Ask, and keep the answer; None, with a note, where there is none.
+def _asked_in_turn(situation: Situation, argv: Sequence[str], home: Path, say: Voice, *, strict: bool) -> Asked | None:
+    """Ask while nobody measures on the card, or take what another moefix was answered meanwhile.
+
+    Returns:
+        None, with a note, where there is no answer.
 
     Raises:
-        SGLangError, TuneError: there is none, and `strict`.
+        SGLangError, TuneError, StoreError: there is none, and `strict`.
     """
-    say.line("asking SGLang itself which MoE file it looks for (dummy weights, few layers) ...")
-    began = time.monotonic()
+    from fixer.tune import turn
+
+    question = question_of(situation, 0)
+    before, _ = find(home, question)
     try:
-        answer = ask(situation, argv, home)
-    except (SGLangError, TuneError) as fault:
+        with contextlib.ExitStack() as stack:
+            progress = say.follow(stack.enter_context(terminal_progress(quiet=say.quiet)))
+            # In one order for all, or two that ask could wait for each other.
+            for card in sorted((cards[0] for cards in situation.cards), key=lambda card: card.sglang_name):
+                stack.enter_context(turn(home, card, progress))
+            meanwhile, _ = find(home, question)
+            if meanwhile not in (None, before):
+                return meanwhile
+            with _on_board(say):
+                return _asked_now(situation, argv, home, say)
+    except (SGLangError, TuneError, StoreError) as fault:
         if strict:
             raise
         say.warning(f"{fault.message} {fault.hint}".strip() + "; going by moefix's rules")
         return None
+
+
+@contextlib.contextmanager
+def _on_board(say: Voice) -> Iterator[None]:
+    if say.board is not None:
+        say.board.update(phase=Phase.ASKING, detail="SGLang, which file it looks for")
+    try:
+        yield
+    finally:
+        if say.board is not None:
+            say.board.update(phase=Phase.STARTING, detail="")
+
+
+def _asked_now(situation: Situation, argv: Sequence[str], home: Path, say: Voice) -> Asked:
+    """Ask, and keep the answer.
+
+    Raises:
+        SGLangError, TuneError: there is none.
+    """
+    say.line("asking SGLang itself which MoE file it looks for (dummy weights, few layers) ...")
+    began = time.monotonic()
+    answer = ask(situation, argv, home)
     took = f"asked in {time.monotonic() - began:.0f} s"
     if answer.gate_up:
         say.line(f"{took}: SGLang looks for {answer.gate_up}" + ("" if len(answer.others) == 0 else " and for others"))
     else:
         say.line(f"{took}: SGLang looks for no MoE file; {answer.ran}")
     down = down_name(answer.gate_up) if answer.gate_up and situation.tree.reads_down_file else ""
-    asked = Asked(question_of(situation, kind), answer.gate_up, down, "asking", utc_now(), answer.ran)
+    asked = Asked(question_of(situation, 0), answer.gate_up, down, "asking", utc_now(), answer.ran)
     try:
         keep(home, asked)
     except StoreError as fault:

@@ -191,6 +191,8 @@ def find(home: Path, question: Question) -> tuple[Asked | None, Damaged | None]:
 def decision_for(situation: Situation, kind: int, asked: Asked) -> Decision:
     """The decision of that kind of card, with what SGLang asked for in place of what the rules worked out.
 
+    The name speaks of the first kind of card, whichever kind is meant: SGLang goes by its first card.
+
     Raises:
         ValueError: the name speaks of a layer that moefix cannot tune; the text says why.
     """
@@ -199,20 +201,21 @@ def decision_for(situation: Situation, kind: int, asked: Asked) -> Decision:
     from fixer.workload import Projection
 
     decision, card, tree = situation.decisions[kind], situation.cards[kind][0], situation.tree
+    named = situation.cards[0][0]
     how = "at an earlier start" if asked.source == "log" else "when asked"
     if not asked.gate_up:
         reason = f"SGLang, when asked, looked for no MoE file{': ' + asked.ran if asked.ran else ''}"
         return replace(
             decision, outcome=Outcome.NO_LOOKUP, kernel=asked.ran or decision.kernel, reason=reason, workload=None
         )
-    if decision.workload is not None and tree.file_name(decision.workload, card, Projection.GATE_UP) == asked.gate_up:
+    if decision.workload is not None and tree.file_name(decision.workload, named, Projection.GATE_UP) == asked.gate_up:
         reason = f"SGLang looked for {asked.gate_up} {how}, as worked out"
         return replace(decision, outcome=Outcome.ASKS, reason=reason)
     base = decision.workload or layer_workload(situation.model, situation.flags, card, tree.version)
     if base is None:
         raise ValueError(f"the model is dense by its config.json, and yet SGLang asked for {asked.gate_up}")
     workload = workload_of_name(asked.gate_up, base)
-    if tree.file_name(workload, card, Projection.GATE_UP) != asked.gate_up:
-        raise ValueError(f"SGLang asked for {asked.gate_up}, which is no file for {card.name}")
+    if tree.file_name(workload, named, Projection.GATE_UP) != asked.gate_up:
+        raise ValueError(f"SGLang asked for {asked.gate_up}, which is no file for {named.name}")
     reason = f"SGLang looked for {asked.gate_up} {how}; tuning exactly that"
     return replace(decision, outcome=Outcome.ASKS, kernel=TRITON, reason=reason, workload=workload)

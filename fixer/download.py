@@ -252,7 +252,7 @@ class Download:
             HubError, StoreError: the weights cannot be had.
         """
         if not self._over.is_set():
-            self._note(phase=Phase.DOWNLOADING)
+            self._note(phase=Phase.DOWNLOADING, detail="")
             with terminal_progress(quiet=self._say.quiet):
                 self._over.wait()
         if self._watcher is not None:

@@ -524,4 +524,4 @@ def _keep(settings: Settings, note: Mapping[str, Any]) -> None:
         return
     board = resume_board(Path(settings.state)) if settings.state else None
     if board is not None:
-        board.update(**({"phase": Phase.ENDED} if "ended" in note else note))
+        board.update(**({"phase": Phase.ENDED, "detail": ""} if "ended" in note else note))

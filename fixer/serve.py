@@ -435,10 +435,19 @@ def tune_only(
     Raises:
         MoefixError: whatever keeps it from measuring.
     """
-    say = Voice(quiet=options.quiet)
     home = data_home(options.home)
-    argv = with_baked_command(argv)
+    with posted(new_board(home)) as board:
+        return tune_told(with_baked_command(argv), options, home, board, exhaustive=exhaustive, record=record)
+
+
+def tune_told(
+    argv: Sequence[str], options: MoefixOptions, home: Path, board: Board, *, exhaustive: bool, record: Path | None
+) -> list[Artefact]:
+    """The same, with everything that others may want to know of it on a board."""
+
+    say = Voice(quiet=options.quiet, board=board)
     situation = look_around(argv, home=home, sglang_root=options.sglang_root, smem_limit=options.smem_limit)
+    board.update(model=situation.model.name, revision=situation.model.revision or "")
     situation = as_asked(situation, argv, options, home, say)
     artefacts = []
     for kind, decision in enumerate(situation.decisions):

@@ -2,11 +2,15 @@
 
 Each process has a file of its own, `run/<host>-<process id>.json` in the data folder, replaced in one step. The server
 that moefix becomes keeps the process id, and with it the file: from then on the log's relay writes it.
+
+Beside it lies `run/<host>-<process id>.lock`, which the process has locked (flock) as long as it lives, the server that
+moefix becomes too: the kernel frees it, so all that share the data folder see an end that nobody could write down.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import socket
@@ -20,7 +24,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fixer.errors import MoefixError, StoreError
-from fixer.store import parse_json, read_bounded, safe_name, utc_now, write_atomically
+from fixer.store import (
+    FILE_MODE,
+    make_folder,
+    parse_json,
+    read_bounded,
+    safe_name,
+    take_owner_of,
+    utc_now,
+    write_atomically,
+)
 
 if TYPE_CHECKING:
     from fixer.progress import Progress
@@ -37,6 +50,8 @@ class Phase(Enum):
     STARTING = "starting"
     WAITING = "waiting"
     """Another moefix tunes on this volume."""
+    ASKING = "asking"
+    """SGLang is asked which file it looks for."""
     TUNING = "tuning"
     BENCHMARKING = "benchmarking"
     """`moefix bench` times the kernels or a server of its own."""
@@ -133,6 +148,60 @@ def state_path(home: Path, host: str, pid: int) -> Path:
     return home / "run" / f"{safe_name(host)}-{pid}.json"
 
 
+def lock_path(state: Path) -> Path:
+    """The lock of the process whose state is in that file."""
+    return state.with_suffix(".lock")
+
+
+def _hold(path: Path) -> int:
+    """Take a process's lock for the rest of its life; -1 where that cannot be had, and then no lock file lies there."""
+    handle = -1
+    try:
+        make_folder(path.parent)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
+        take_owner_of(path.parent, handle)
+        end = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:  # somebody looks whether it is free, for an instant
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.01)
+        os.set_inheritable(handle, True)  # over the exec into the server; children of Python's get it not
+    except BlockingIOError:
+        os.close(handle)  # another's, of the same name and process id: a container with this one's host name
+        return -1
+    except (OSError, StoreError):
+        if handle >= 0:
+            os.close(handle)
+        with contextlib.suppress(OSError):
+            path.unlink()  # a file system without locks, or another user's: nobody is to take this one for free
+        return -1
+    return handle
+
+
+def is_held(path: Path) -> bool | None:
+    """Whether a process's lock is held, so that it lives; None where that cannot be told."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(handle)
+    return False
+
+
+LOCK_SECONDS = 0.5
+"""How long a start tries to have its own lock, which only those who look at it can hold for an instant."""
+
 _PROGRESS = ("tuning", "download", "detail")
 
 
@@ -149,6 +218,15 @@ class Board:
         self._now = now
         self._written = float("-inf")
         self._turn = threading.RLock()  # the download's thread tells of itself too
+        self._lock = -1
+
+    def __del__(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+
+    def live(self) -> None:
+        """Hold the lock that tells others that this process lives, until it ends or the board is thrown away."""
+        self._lock = _hold(lock_path(self.path))
 
     def update(self, **changes: Any) -> None:
         """Change some of the state's parts (see `Status`) and write it.
@@ -178,6 +256,7 @@ def new_board(home: Path, now: Callable[[], float] = time.monotonic) -> Board:
     began = utc_now()
     status = Status(socket.gethostname(), os.getpid(), began, began)
     board = Board(status, state_path(home, status.host, status.pid), now)
+    board.live()
     current_states(home)
     board.update()
     return board
@@ -192,12 +271,12 @@ def posted(board: Board) -> Iterator[Board]:
         board.update(phase=Phase.FAILED, detail=_one_line(f"{fault.message} {fault.hint}"))
         raise
     except (SystemExit, KeyboardInterrupt):
-        board.update(phase=Phase.ENDED)
+        board.update(phase=Phase.ENDED, detail="")
         raise
     except BaseException as fault:
         board.update(phase=Phase.FAILED, detail=_one_line(f"{type(fault).__name__}: {fault}"))
         raise
-    board.update(phase=Phase.ENDED)
+    board.update(phase=Phase.ENDED, detail="")
 
 
 def _one_line(text: str) -> str:
@@ -215,6 +294,7 @@ class OnBoard:
         self._progress = progress
         self._board = board
         self._share = Share(0, 0, "steps")
+        self._before = board.status
 
     def phase(self, name: str, total: int) -> None:
         """A new phase begins."""
@@ -230,9 +310,12 @@ class OnBoard:
         self._progress.advance(detail, total)
 
     def note(self, line: str) -> None:
-        """One line that stays; waiting for another process is a phase of its own."""
+        """One line that stays; waiting for another process is a phase of its own, until the next line."""
         if line.startswith(WAITING_WORDS):
+            self._before = self._board.status
             self._board.update(phase=Phase.WAITING, detail=_one_line(line))
+        elif self._board.status.phase is Phase.WAITING:
+            self._board.update(phase=self._before.phase, detail=self._before.detail)
         self._progress.note(line)
 
 
@@ -269,20 +352,29 @@ OVER = (Phase.ENDED, Phase.FAILED)
 def current_states(home: Path) -> tuple[Status, ...]:
     """The states in a data folder as they are now: this host's first, the newest first.
 
-    A process of this host that is gone without a word has ended; files of processes that ended long ago are removed.
+    A process that is gone without a word has ended: one whose lock is free, or one of this host without a lock that
+    does not run. Files of processes that ended long ago are removed.
     """
     here = socket.gethostname()
     found = []
     for status in states(home):
-        now = status
-        if status.host == here and status.phase not in OVER and not is_alive(status.pid):
+        now, path = status, state_path(home, status.host, status.pid)
+        if status.phase not in OVER and not _lives(status, path, here):
             now = replace(status, phase=Phase.ENDED, detail=f"gone while {status.phase.value}")
         if now.phase in OVER and _age(status.updated) > KEPT_SECONDS:
-            with contextlib.suppress(OSError):
-                state_path(home, status.host, status.pid).unlink()
+            for file in (path, lock_path(path)):
+                with contextlib.suppress(OSError):
+                    file.unlink()
             continue
         found.append(now)
     return tuple(sorted(found, key=lambda status: status.host != here))
+
+
+def _lives(status: Status, path: Path, here: str) -> bool:
+    held = is_held(lock_path(path))
+    if held is None:
+        return status.host != here or is_alive(status.pid)
+    return held
 
 
 def _age(stamp: str) -> float:
@@ -341,7 +433,9 @@ def health(home: Path, seconds: float = HEALTH_SECONDS) -> tuple[bool, str]:
     """Whether this host's server answers, and in one line what it does."""
     here = socket.gethostname()
     mine = [status for status in current_states(home) if status.host == here]
-    status = next((each for each in mine if each.phase not in OVER), mine[0] if mine else None)
+    # Whatever else runs beside the server (`moefix bench`, `moefix tune`): it is the server that is asked about.
+    mine.sort(key=lambda status: (status.phase in OVER, status.phase is not Phase.SERVING or not status.url))
+    status = mine[0] if mine else None
     if status is None:
         return False, "no moefix runs here with this data folder"
     if status.phase is not Phase.SERVING or not status.url:

@@ -869,6 +869,7 @@ class Lock:
             far and a text that says who holds it.
         poll_seconds: how often to try, in seconds.
         patience_seconds: give up after that long, in seconds; None waits on.
+        waited: called once the lock is had, if another process held it before.
 
     Raises:
         StoreError: on entering, where the file cannot be made or locked, or patience ran out.
@@ -880,9 +881,10 @@ class Lock:
         waiting: Callable[[float, str], None] | None = None,
         poll_seconds: float = 0.2,
         patience_seconds: float | None = None,
+        waited: Callable[[], None] | None = None,
     ) -> None:
         self._path = path
-        self._waiting = waiting
+        self._waiting, self._waited = waiting, waited
         self._poll = poll_seconds
         self._patience = patience_seconds
         self._handle = -1
@@ -916,8 +918,9 @@ class Lock:
         return handle
 
     def _acquire(self) -> None:
-        began = time.monotonic()
+        began, is_first = time.monotonic(), True
         while not self._try():
+            is_first = False
             waited = time.monotonic() - began
             if self._patience is not None and waited >= self._patience:
                 raise StoreError(
@@ -928,6 +931,8 @@ class Lock:
                 self._waiting(waited, self._holder())
             time.sleep(self._poll)
         self._sign()
+        if self._waited and not is_first:
+            self._waited()
 
     def _try(self) -> bool:
         try:

@@ -184,7 +184,7 @@ def turn(home: Path, card: Card, progress: Progress) -> Lock:
             progress.note(f"another moefix is tuning on this volume ({holder}); waiting for it")
         is_said = True
 
-    return Lock(lock, waiting=say_who)
+    return Lock(lock, waiting=say_who, waited=lambda: progress.note("the other moefix is done; going on"))
 
 
 def state_of_cards(job: Job) -> tuple[str, ...]:

@@ -18,10 +18,12 @@ from fixer.decide import decide
 from fixer.errors import SGLangError, TuneError
 from fixer.flags import parse_flags
 from fixer.model import load_model
+from fixer.progress import Silent
 from fixer.proof import server_url
 from fixer.sglang_tree import tree_at
 from fixer.status import Phase, Status
 from fixer.store import save_artefact
+from fixer.tune import turn
 from fixer.workload import NumberFormat
 
 SERVER = """
@@ -270,6 +272,8 @@ def test_a_signal_while_asking_ends_all_of_it(machine, number):
         (machine.record.parent / "record.asked").unlink(missing_ok=True)
         process = machine.start(*machine.flags, "--moefix-ask")
         asked_process(machine)
+        (state,) = [each for each in status.states(machine.home) if each.pid == process.pid]
+        assert (state.phase, state.detail) == (Phase.ASKING, "SGLang, which file it looks for")
         began = time.monotonic()
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
@@ -283,10 +287,10 @@ def test_a_signal_while_asking_ends_all_of_it(machine, number):
 
 
 def test_a_signal_while_sglang_is_being_started_leaves_nothing(machine):
-    for turn in range(8):
+    for step in range(8):
         process = machine.start(*machine.flags, "--moefix-ask")
         assert any("asking SGLang" in line for line in process.stderr)
-        time.sleep(turn * 0.0025)
+        time.sleep(step * 0.0025)
         process.terminate()
         _, err = process.communicate(timeout=60)
         assert process.returncode == 143, err
@@ -308,9 +312,7 @@ def test_the_asked_sglang_dies_with_a_killed_moefix(machine):
 
 def test_no_secret_reaches_the_asked_server_nor_its_log(machine):
     artefact = machine.artefact()
-    says = (
-        r"""api_key='in the config', admin_api_key=\"it's\", level='info', key={'api_key': 'as a dict'} hf_abcdef12"""
-    )
+    says = r"""api_key='in the config', admin_api_key=\"it's\", level='info', of={'api_key': 'as a dict'} hf_abcdef12"""
     spelt = SERVER.replace("moe_a2a_backend='none')", f"moe_a2a_backend='none', {says})")
     (machine.package / "launch_server.py").write_text(spelt)
     secrets = ("--api-key", "sk-secret", "--admin-api=sk-secret", "--ssl-keyfile", "key.pem", "--ssl-certfile=c.pem")
@@ -323,8 +325,50 @@ def test_no_secret_reaches_the_asked_server_nor_its_log(machine):
     log = (machine.home / "ask.log").read_text()
     for secret in ("in the config", "it's", "as a dict", "hf_abcdef12"):
         assert secret not in log
-    assert "moe_a2a_backend='none', api_key=***, admin_api_key=***, level='info', key={'api_key': ***} ***" in log
+    assert "moe_a2a_backend='none', api_key=***, admin_api_key=***, level='info', of={'api_key': ***} ***)" in log
     assert "Using " in log
+
+
+def test_asking_waits_for_a_turn_and_takes_the_answer_of_another(machine):
+    artefact = machine.artefact()
+    path = asking.record_path(machine.home, asking.question_of(machine_situation(machine), 0))
+    (machine.home / "asked").mkdir()
+    with turn(machine.home, H100, Silent()):
+        process = machine.start(*machine.flags, "--moefix-ask", env=lines_env(artefact.gate_up_file))
+
+        def phase():
+            return next((each.phase for each in status.states(machine.home) if each.pid == process.pid), None)
+
+        assert fakes.eventually(lambda: phase() is Phase.WAITING, 60)
+        time.sleep(0.5)
+        assert not (machine.record.parent / "record.asked").exists()
+        question = asking.question_of(machine_situation(machine), 0)
+        kept = asking.Asked(question, artefact.gate_up_file, artefact.down_file, "asking", "2026-11-24T00:00:00Z")
+        path.write_text(kept.to_json())
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 41, err
+    assert "SGLang looked for " + artefact.gate_up_file + " when asked, as worked out" in err
+    assert not (machine.record.parent / "record.asked").exists()
+    assert status.states(machine.home)[0].detail != "waiting"
+
+
+def machine_situation(machine):
+    flags = parse_flags(machine.flags)
+    return asking_situation(load_model("", flags), flags, tree_at(machine.package))
+
+
+def test_two_kinds_of_card_are_asked_about_once(machine):
+    _, other = artefact_of(machine, number_format=NumberFormat.FP8_W8A8)
+    env = asked_env(other.gate_up_file, other.down_file) | {"CUDA_VISIBLE_DEVICES": "1,0", "FAKE_TORCH": ""}
+    result = machine.run(*machine.flags, "--moefix-ask", env=env)
+    assert result.served, result.err
+    assert result.err.count("asking SGLang itself") == 1
+    assert "no file for" not in result.err
+    named = f"SGLang looked for {other.gate_up_file} when asked; tuning exactly that"
+    for card in ("NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090"):
+        assert f"on {card}, SGLang 0.5.17: {named}" in result.err
+    assert "nothing to tune" not in result.err
+    assert len(list((machine.home / "asked").glob("*.json"))) == 1
 
 
 def test_an_uncertain_model_is_asked_about_without_being_told(machine, models):
@@ -370,9 +414,25 @@ def test_the_board_while_it_tunes_and_serves(machine):
     healthy, text = status.health(machine.home)
     assert not healthy  # the stand-in answers nothing
     assert "does not answer" in text
+    lock = status.lock_path(status.state_path(machine.home, state().host, process.pid))
+    assert status.is_held(lock)  # by the server
     process.kill()
     process.communicate(timeout=60)
-    assert fakes.eventually(lambda: phase() is Phase.ENDED, 20)
+    assert fakes.eventually(lambda: phase() is Phase.ENDED and state().detail == "", 20)
+    assert status.is_held(lock) is False
+
+
+def test_the_board_of_a_tuning_without_a_server(machine):
+    process = machine.start("tune", *machine.flags, env={"FAKE_TORCH": "slow"})
+
+    def state() -> Status | None:
+        return next((each for each in status.states(machine.home) if each.pid == process.pid), None)
+
+    assert fakes.eventually(lambda: state() is not None and state().phase is Phase.TUNING, 60)
+    assert state().model == str(machine.model)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert (state().phase, state().detail) == (Phase.ENDED, "")
 
 
 @pytest.mark.parametrize(

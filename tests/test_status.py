@@ -1,5 +1,7 @@
 """The state of a start: what is written, how it is read back, and the health check against real servers."""
 
+import errno
+import fcntl
 import json
 import os
 import socket
@@ -26,7 +28,9 @@ from fixer.status import (
     current_states,
     health,
     is_alive,
+    is_held,
     lines,
+    lock_path,
     new_board,
     posted,
     resume_board,
@@ -100,6 +104,8 @@ def test_progress_goes_to_the_board_and_on(tmp_path):
     progress.note("another moefix is tuning on this volume (pid 7 on x); waiting for it")
     assert board.status.phase is Phase.WAITING
     assert "pid 7 on x" in board.status.detail
+    progress.note("the other moefix is done; going on")
+    assert (board.status.phase, board.status.detail) == (Phase.STARTING, "")
     progress.phase("search", 200)
     progress.advance()
     progress.advance("x", total=400)
@@ -113,9 +119,11 @@ def test_the_end_is_told(tmp_path):
     with pytest.raises(TuneError), posted(new_board(tmp_path)):
         raise TuneError("it broke", "mend\nit")
     assert (states(tmp_path)[0].phase, states(tmp_path)[0].detail) == (Phase.FAILED, "it broke mend it")
-    with pytest.raises(SystemExit), posted(new_board(tmp_path)):
+    board = new_board(tmp_path)
+    board.update(phase=Phase.TUNING, detail="finals")
+    with pytest.raises(SystemExit), posted(board):
         raise SystemExit(143)
-    assert states(tmp_path)[0].phase is Phase.ENDED
+    assert (states(tmp_path)[0].phase, states(tmp_path)[0].detail) == (Phase.ENDED, "")
     with pytest.raises(RuntimeError), posted(new_board(tmp_path)):
         raise RuntimeError("odd")
     assert states(tmp_path)[0].detail == "RuntimeError: odd"
@@ -147,6 +155,69 @@ def test_dead_processes_have_ended_and_old_ones_go(tmp_path):
     assert by_pid[1] == far
     for status in (old, gone):
         assert not state_path(tmp_path, status.host, status.pid).exists()
+
+
+LIVES = """
+import os, sys, time
+from pathlib import Path
+from fixer import status
+board = status.new_board(Path(sys.argv[1]))
+board.update(phase=status.Phase.SERVING)
+os.rename(board.path, board.path.with_name("elsewhere-1.json"))
+os.rename(status.lock_path(board.path), board.path.with_name("elsewhere-1.lock"))
+content = board.path.with_name("elsewhere-1.json")
+content.write_text(content.read_text().replace(board.status.host, "elsewhere").replace(f": {os.getpid()},", ": 1,"))
+os.execv(sys.executable, [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(600)"])
+"""
+
+
+def test_a_process_of_another_container_that_is_gone_has_ended(tmp_path):
+    """Its lock goes over to the program that it becomes, and is the kernel's to free."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    process = subprocess.Popen(
+        [sys.executable, "-c", LIVES, str(tmp_path)], env={**os.environ, "PYTHONPATH": root}, stdout=subprocess.PIPE
+    )
+    try:
+        assert process.stdout.readline() == b"here\n"
+        (there,) = current_states(tmp_path)
+        assert (there.host, there.pid, there.phase) == ("elsewhere", 1, Phase.SERVING)
+    finally:
+        process.kill()
+        process.wait()
+    (gone,) = current_states(tmp_path)
+    assert (gone.phase, gone.detail) == (Phase.ENDED, "gone while serving")
+    path = state_path(tmp_path, "elsewhere", 1)
+    assert lock_path(path).exists()
+    path.write_text(replace(there, updated=OLD).to_json())
+    assert current_states(tmp_path) == ()
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_lock_that_cannot_be_had_leaves_it_to_the_process_id(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    board = new_board(tmp_path)
+    assert board.path.exists()
+    assert not lock_path(board.path).exists()
+    assert [status.phase for status in current_states(tmp_path)] == [Phase.STARTING]
+
+
+def test_looking_at_a_lock_does_not_keep_its_owner_from_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("fixer.status.LOCK_SECONDS", 30)
+    path = lock_path(state_path(tmp_path, HERE, os.getpid()))
+    path.parent.mkdir()
+    with path.open("w") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        timer = threading.Timer(0.05, lambda: fcntl.flock(looking, fcntl.LOCK_UN))
+        timer.start()
+        board = new_board(tmp_path)
+        timer.join()
+    assert is_held(path)
+    del board
+    assert is_held(path) is False
+    assert is_held(tmp_path / "none") is None
 
 
 def test_whose_process_it_is():
@@ -230,6 +301,18 @@ def test_health_asks_the_server(tmp_path, code, healthy):
         good, text = health(tmp_path)
     assert good is healthy
     assert url in text
+
+
+def test_health_is_the_servers_whatever_runs_beside_it(tmp_path):
+    beside = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "moefix"])
+    try:
+        with server(200) as url:
+            write(tmp_path, phase=Phase.SERVING, url=url, updated=OLD)
+            write(tmp_path, pid=beside.pid, phase=Phase.BENCHMARKING)
+            assert health(tmp_path) == (True, f"healthy: {url}")
+    finally:
+        beside.kill()
+        beside.wait()
 
 
 def test_health_without_an_answer(tmp_path):
