@@ -10,8 +10,6 @@ import contextlib
 import json
 import os
 import select
-import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,14 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fixer.asked import Asked, decision_for, find, keep, question_of
+from fixer.child_server import HURRY_SECONDS, end_group, free_port, start_child
 from fixer.decide import Decision, Outcome
-from fixer.errors import SGLangError, StoreError, TuneError
+from fixer.errors import SGLangError, StoreError, TuneError, harmless
 from fixer.families import NEW, at_least, look_up
-from fixer.flags import ServerFlags, parse_flags
+from fixer.flags import ServerFlags, parse_flags, plain_flags
 from fixer.launch import MoefixOptions, server_command
 from fixer.model import Model
 from fixer.sglang_log import read_line
-from fixer.store import utc_now
+from fixer.signals import deferred
+from fixer.store import utc_now, write_atomically
 from fixer.verdict import SETTLING_SECONDS, Expected, Seen, down_name, ran_instead
 
 if TYPE_CHECKING:
@@ -38,7 +38,10 @@ LIMIT_SECONDS = 300.0
 """How long SGLang may take to answer; 30 to 60 s are usual."""
 
 LOG_BYTES = 1 << 20
-"""Of SGLang's output so much is kept, the end of it, in `ask.log` in the data folder."""
+"""Of SGLang's output so much is kept, the end of it, without tokens, in `ask.log` in the data folder."""
+
+GONE_SECONDS = 2.0
+"""How long the killed server is waited for, so that its memory on the card is free for what comes next."""
 
 DROPPED_SWITCHES = ("--skip-server-warmup", "--enable-metrics", "--log-requests", "--delete-ckpt-after-loading")
 """The warm-up is what reaches the experts; the others would only write or delete something."""
@@ -135,24 +138,17 @@ def ask(situation: Situation, argv: Sequence[str], home: Path, limit: float = LI
         raise SGLangError("SGLang cannot be asked about several nodes from one of them")
     if parse_flags(_kept(argv)).skip_server_warmup:
         raise SGLangError("SGLang cannot be asked while its --config file has skip-server-warmup")
-    port = _free_port()
+    port = free_port()
     words = asking_flags(argv, situation.model, flags, situation.tree.version, port)
     with _server(server_command(words), home / "ask.log") as server:
         return _conversation(server, situation, limit)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
 def asking_flags(argv: Sequence[str], model: Model, flags: ServerFlags, release: str, port: int) -> tuple[str, ...]:
-    """The user's flags, and after them those that make the start quick."""
+    """The user's flags but for secrets and TLS, and after them those that make the start quick."""
     added = [*ADDED_FLAGS, "--port", str(port), "--max-running-requests", str(8 * flags.dp_size)]
     overrides = {**_thawed(flags.model_overrides)}
     for name, value in few_layers(model, flags, release).items():
@@ -164,7 +160,7 @@ def asking_flags(argv: Sequence[str], model: Model, flags: ServerFlags, release:
 
 
 def _kept(argv: Sequence[str]) -> list[str]:
-    return [word for word in argv if word not in DROPPED_SWITCHES]
+    return [word for word in plain_flags(argv) if word not in DROPPED_SWITCHES]
 
 
 def _thawed(value: Any) -> Any:
@@ -281,48 +277,38 @@ class _Server:
 @contextlib.contextmanager
 def _server(command: list[str], log: Path) -> Iterator[_Server]:
     """A server in a process group of its own, which is gone afterwards, whatever happens."""
-    reader, writer = os.pipe()
-    process = None
+    reader = writer = -1
+    server, patience = None, GONE_SECONDS
     try:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=writer,
-            stderr=writer,
-            start_new_session=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
+        reader, writer = os.pipe()
+        with deferred():
+            process = start_child(command, {**os.environ, "PYTHONUNBUFFERED": "1"}, writer)
+            server = _Server(process, reader)
         os.close(writer)
         writer = -1
-        server = _Server(process, reader)
         yield server
+    except (SystemExit, KeyboardInterrupt):
+        patience = HURRY_SECONDS
+        raise
     except OSError as fault:
-        raise SGLangError(f"SGLang could not be started to be asked: {fault.strerror or fault}") from fault
+        raise SGLangError(f"SGLang could not be asked: {fault.strerror or fault}") from fault
     finally:
-        if process is not None:
-            _end_group(process)
-            with contextlib.suppress(OSError):
-                log.write_bytes(bytes(server.tail))
+        if server is not None:
+            end_group(server.process, 0, patience)
+            _keep_log(server, log)
         for end in (reader, writer):
             if end >= 0:
                 os.close(end)
 
 
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process group and wait until its memory on the card is free, or for two seconds."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    end = time.monotonic() + 2
-    while time.monotonic() < end:
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-process.pid, os.WNOHANG)[0]:  # as process 1, moefix inherits its grandchildren
-                pass
-        try:
-            os.killpg(process.pid, 0)
-        except (ProcessLookupError, PermissionError):
-            break
-        time.sleep(0.02)
-    process.poll()
+def _keep_log(server: _Server, log: Path) -> None:
+    """Keep the end of what the server wrote, without tokens."""
+    text = bytes(server.tail).decode("utf-8", "replace")
+    if len(server.tail) >= LOG_BYTES:
+        text = text.partition("\n")[2]  # half a line may hold half a token
+    lines = "".join(harmless(line) + "\n" for line in text.splitlines())
+    with contextlib.suppress(StoreError):
+        write_atomically(log, lines.encode())
 
 
 def _conversation(server: _Server, situation: Situation, limit: float) -> Answer:
@@ -356,5 +342,4 @@ def _answer(seen: Seen, situation: Situation) -> Answer:
 def _ended(server: _Server) -> SGLangError:
     text = bytes(server.tail[-4000:]).decode("utf-8", "replace")
     last = next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "it said nothing")
-    shown = "".join(letter if letter.isprintable() else " " for letter in last)[:200]
-    return SGLangError(f"SGLang, started to be asked, ended before it looked for a MoE file: {shown}")
+    return SGLangError(f"SGLang, started to be asked, ended before it looked for a MoE file: {harmless(last)[:200]}")

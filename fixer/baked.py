@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
 from fixer.errors import StoreError
@@ -62,20 +62,26 @@ def find_kept(
     workload: Workload,
     rows: Sequence[int],
     environ: Mapping[str, str] = os.environ,
+    *,
+    without: Container[Path] = (),
 ) -> Found:
     """The artefact that holds here, from the data folder or from the image.
 
     What was measured comes before what was not, what has all `rows` before what has not, the data folder before the
     image.
+
+    Args:
+        without: files to pass over.
     """
     folder = baked_folder(environ)
-    own = find_artefact(home, environment, workload)
+    own = find_artefact(home, environment, workload, without=without)
     if folder is None:
         return own
-    brought = find_artefact(folder, environment, workload)
-    known = [artefact for artefact in (own.artefact, brought.artefact) if artefact is not None]
-    best = max(known, key=lambda artefact: _worth(artefact, rows), default=None)
-    return Found(best, None if best else _nearest(own.mismatch, brought.mismatch), (*own.damaged, *brought.damaged))
+    brought = find_artefact(folder, environment, workload, without=without)
+    known = [(found.artefact, found.path) for found in (own, brought) if found.artefact is not None]
+    best, path = max(known, key=lambda each: _worth(each[0], rows), default=(None, None))
+    mismatch = None if best else _nearest(own.mismatch, brought.mismatch)
+    return Found(best, mismatch, (*own.damaged, *brought.damaged), path)
 
 
 def _worth(artefact: Artefact, rows: Sequence[int]) -> tuple[bool, bool]:

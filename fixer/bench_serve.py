@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import signal
-import socket
 import statistics
 import subprocess
 import tempfile
@@ -15,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
 
 import httpx
 
@@ -23,6 +19,7 @@ from fixer.arms import Side, make_arm
 from fixer.bench import Subject
 from fixer.bench_results import Arm, Arms, BenchResult, Kind, Latency, Load, ServeLoad, Verdict
 from fixer.bench_verdict import judged, overall
+from fixer.child_server import end_group, free_port, start_child
 from fixer.errors import SGLangError, UsageError
 from fixer.launch import server_command
 from fixer.load import FIRST_ID, Pass, run_pass
@@ -42,7 +39,6 @@ from fixer.sglang_server import (
 from fixer.sglang_tree import CONFIG_DIR_VARIABLE
 from fixer.signals import deferred
 from fixer.store import make_folder, read_bounded
-from fixer.tuning.process import PR_SET_PDEATHSIG
 
 FULL_LOADS = (
     Load(1, 256, 256, 8),
@@ -69,9 +65,6 @@ SEED = 20261
 
 LOG_LINES = 12
 """How much of a dead server's log is shown."""
-
-STOP_SECONDS = 8.0
-"""How long a server that was asked to end is waited for: it has nothing to save."""
 
 CLIENT_SECONDS = 1800.0
 """How long one pass of `sglang.bench_serving` may take, its imports included."""
@@ -236,64 +229,11 @@ class Server:
         return False
 
 
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def local_environment() -> dict[str, str]:
     """This process's environment, with no proxy between programs on this machine."""
     around = "127.0.0.1,localhost"
     here = {name: os.environ.get(name, "") for name in ("NO_PROXY", "no_proxy")}
     return {**os.environ, **{name: f"{value},{around}" if value else around for name, value in here.items()}}
-
-
-def start_child(command: Sequence[str], environment: Mapping[str, str], stream: Any) -> subprocess.Popen[bytes]:
-    """Start a command in a session of its own, which ends with this process however that ends.
-
-    Raises:
-        SGLangError: it cannot be started.
-    """
-    prctl = ctypes.CDLL(None).prctl
-    try:
-        return subprocess.Popen(
-            list(command),
-            env=dict(environment),
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM),  # noqa: PLW1509 (no threads here)
-        )
-    except (OSError, ValueError) as fault:
-        raise SGLangError(f"{command[0]} cannot be started: {fault}") from fault
-
-
-def end_group(process: subprocess.Popen[bytes]) -> None:
-    """End a session's first process and all of its group: asked first, then killed."""
-    for number, seconds in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, STOP_SECONDS)):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, number)
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            process.poll()
-            if not _group_lives(process.pid):
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(1)  # a zombie until it is waited for
-                return
-            time.sleep(0.05)
-
-
-def _group_lives(group: int) -> bool:
-    """Whether a process of the group runs. Zombies, which nobody but their parent can remove, do not count."""
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError):
-            state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
-            if int(its_group) == group and state != "Z":
-                return True
-    return False
 
 
 def last_lines(text: str, most: int = LOG_LINES) -> list[str]:

@@ -19,15 +19,16 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
-from fixer.errors import HubError, MoefixError, StoreError
+from fixer import fetch
+from fixer.errors import HubError, MoefixError, StoreError, told
 from fixer.fetch import Bytes, Done, Failed, Message, Plan, Request, Trouble, from_line
-from fixer.hub import commit_in_cache, hub_cache, is_commit, is_hub_id, snapshot_folder, uses_modelscope
+from fixer.hub import hub_cache, is_commit, is_hub_id, uses_modelscope
 from fixer.model import Model, Source
 from fixer.progress import Transfer, gigabytes, terminal_progress
 from fixer.signals import ALARM
 from fixer.status import Board, Phase, Share
 from fixer.store import parse_json, read_or_set_aside, safe_name, write_atomically
-from fixer.weights import FETCHED, Presence, presence
+from fixer.weights import FETCHED, Presence
 
 if TYPE_CHECKING:
     from fixer.flags import ServerFlags
@@ -74,6 +75,10 @@ def wanted(model: Model, flags: ServerFlags, home: Path, environ: Mapping[str, s
         return _offline(model.name, flags)
     if commit is not None and is_recorded(home, model.name, commit, flags):
         return Nothing(f"the weights are in the cache, commit {commit}: nothing to fetch", commit)
+    if model.from_cache:
+        there, found = cached(model.name, commit or flags.revision, flags)
+        if found is Presence.COMPLETE:
+            return Nothing(f"the hub is out of reach, and the weights are in the cache, commit {there}", there or "")
     return Request(
         model.name, flags.revision, commit, flags.load_format, flags.download_dir, code=flags.trust_remote_code
     )
@@ -104,20 +109,8 @@ def _offline(name: str, flags: ServerFlags) -> Nothing:
 
 
 def cached(name: str, revision: str | None, flags: ServerFlags) -> tuple[str | None, Presence]:
-    """The commit that the caches have for a revision, and whether its weights are there.
-
-    SGLang looks into `--download-dir` first and then into the client's cache (weight_utils.py:422-470).
-    """
-    own = [Path(flags.download_dir).expanduser()] if flags.download_dir else []
-    best: tuple[str | None, Presence] = (None, Presence.INCOMPLETE)
-    for cache in (*own, hub_cache()):
-        commit = commit_in_cache(cache, name, revision)
-        if commit is not None:
-            found = presence(snapshot_folder(cache, name, commit), name, flags.load_format)
-            if found is not Presence.INCOMPLETE:
-                return commit, found
-            best = commit, found
-    return best
+    """The commit that the caches have for a revision, and whether its weights are there."""
+    return fetch.cached(name, revision, flags.load_format, flags.download_dir)
 
 
 # --- what was fetched ------------------------------------------------------------------------------------------------
@@ -307,6 +300,22 @@ class Download:
     # The watching thread.
 
     def _watch(self) -> None:
+        try:
+            self._follow()
+        except Exception as error:  # whatever it is, the main thread must not wait for ever
+            self._failed = Failed(
+                f"the download could not be followed: {told(error)}",
+                "start again: what has come is kept",
+                HubError.exit_code,
+                lasting=False,
+            )
+        finally:
+            self._over.set()
+        if self._failed is not None and self._failed.lasting and not self._has_weights():
+            # A signal of its own, so that the main thread wakes up whatever it waits for.
+            signal.pthread_kill(threading.main_thread().ident or 0, ALARM)
+
+    def _follow(self) -> None:
         process = self._process
         assert process is not None
         assert process.stdout is not None
@@ -324,10 +333,6 @@ class Download:
                 HubError.exit_code,
                 lasting=False,
             )
-        self._over.set()
-        if self._failed is not None and self._failed.lasting and not self._has_weights():
-            # A signal of its own, so that the main thread wakes up whatever it waits for.
-            signal.pthread_kill(threading.main_thread().ident or 0, ALARM)
 
     def _hear(self, message: Message | None) -> None:
         match message:

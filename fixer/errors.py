@@ -81,9 +81,13 @@ class DockerError(MoefixError):
 
 
 _TOKEN = re.compile(
-    r"hf_[A-Za-z0-9_]{4,}|(?i:bearer|basic)\s+\S+|(?<=//)[^/@\s]+(?=@)|(?i:(?<=token=)|(?<=key=))[^&\s]+"
+    r"hf_[A-Za-z0-9_]{4,}|(?i:bearer|basic)\s+\S+|(?<=//)[^/@\s]+(?=@)"
+    # SGLang's arguments, as Python writes them: api_key='...' up to 0.5.17, 'api_key': '...' in 0.5.23.
+    r"|(?i:(?<=key=)|(?<=key': )|(?<=password=)|(?<=password': ))"
+    r"""(?:'(?:[^'\\]|\\.)*'?|"(?:[^"\\]|\\.)*"?)"""
+    r"|(?i:(?<=token=)|(?<=key=))[^&\s]+"
 )
-"""What a library's error text may hold and nobody else should read: access tokens, a password in an address."""
+"""What somebody else's text may hold and nobody should read: access tokens, keys, a password in an address."""
 
 
 def told(error: BaseException, most: int = 300) -> str:

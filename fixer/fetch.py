@@ -28,9 +28,17 @@ from pathlib import Path
 from typing import Any
 
 from fixer.errors import HubError, MoefixError, StoreError
-from fixer.hub import UnreachableError, hub_cache, is_commit, refusal, repository_folder, snapshot_folder
+from fixer.hub import (
+    UnreachableError,
+    commit_in_cache,
+    hub_cache,
+    is_commit,
+    refusal,
+    repository_folder,
+    snapshot_folder,
+)
 from fixer.store import write_atomically
-from fixer.weights import RepoFile, choose, is_safe
+from fixer.weights import Presence, RepoFile, choose, is_safe, presence
 
 TELL_INTERVAL = 0.5
 """Seconds between two messages of how much has come."""
@@ -192,6 +200,8 @@ def fetch(request: Request, tell: Tell) -> Done | Failed:
             fault = fault_of(request, error, moved=attempt.progress() > before)
         if not isinstance(fault, UnreachableError):
             return Failed(fault.message, fault.hint, fault.exit_code, lasting=True)
+        if attempt.has_weights():
+            return Failed(fault.error.message, fault.error.hint, HubError.exit_code, lasting=False)
         failures = 0 if attempt.progress() > before else failures + 1
         if failures > len(PAUSES):
             return Failed(fault.error.message, _hint(fault, attempt), HubError.exit_code, lasting=False)
@@ -251,6 +261,26 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+# --- what is there ---------------------------------------------------------------------------------------------------
+
+
+def cached(name: str, revision: str | None, load_format: str, download_dir: str | None) -> tuple[str | None, Presence]:
+    """The commit that the caches have for a revision, and whether its weights are there.
+
+    SGLang looks into `--download-dir` first and then into the client's cache (weight_utils.py:422-470).
+    """
+    own = [Path(download_dir).expanduser()] if download_dir else []
+    best: tuple[str | None, Presence] = (None, Presence.INCOMPLETE)
+    for cache in (*own, hub_cache()):
+        commit = commit_in_cache(cache, name, revision)
+        if commit is not None:
+            found = presence(snapshot_folder(cache, name, commit), name, load_format)
+            if found is not Presence.INCOMPLETE:
+                return commit, found
+            best = commit, found
+    return best
+
+
 # --- one attempt -----------------------------------------------------------------------------------------------------
 
 
@@ -307,6 +337,12 @@ class Attempt:
         if self._commit is None:
             return 0
         return sum(bytes_there(self.request.name, self._commit, place) for place in self._places)
+
+    def has_weights(self) -> bool:
+        """Whether all weights are there, whatever the hub might have besides."""
+        asked = self.request
+        revision = self._commit or asked.revision
+        return cached(asked.name, revision, asked.load_format, asked.download_dir)[1] is Presence.COMPLETE
 
     def _total(self) -> int:
         return sum(file.size for place in self._places for file in place.files)

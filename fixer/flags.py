@@ -171,6 +171,9 @@ OPTIONS: tuple[Option, ...] = (
 SECRET_FLAGS = ("--api-key", "--admin-api-key", "--ssl-keyfile-password")
 """Flags whose value is a secret (server_args.py:1292-1309 of 0.5.17)."""
 
+SECRET_OR_TLS = (*SECRET_FLAGS, "--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs")
+"""Flags that a server on 127.0.0.1 does without: it would log the secrets, and the others change the protocol."""
+
 _BY_SPELLING: Mapping[str, Option] = {spelling: option for option in OPTIONS for spelling in option.spellings}
 
 _DTYPES: Mapping[str, str] = {
@@ -215,6 +218,19 @@ def secret_flags(words: Sequence[str]) -> tuple[str, ...]:
     # --ssl-keyfile, which is a file's name, is a flag of its own.
     found = [spelt for spelt in spellings if len(spelt) > 4 and not "--ssl-keyfile".startswith(spelt)]
     return tuple(spelt for spelt in found if any(secret.startswith(spelt) for secret in SECRET_FLAGS))
+
+
+def plain_flags(words: Sequence[str]) -> list[str]:
+    """A command line without the flags of `SECRET_OR_TLS`, abbreviated or not, and without their values."""
+    kept: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        spelt, equals, _ = word.partition("=")
+        if len(spelt) <= 4 or not any(flag.startswith(spelt) for flag in SECRET_OR_TLS):
+            kept.append(word)
+        elif not equals:
+            next(rest, None)
+    return kept
 
 
 def _occurrences(words: Sequence[str]) -> Iterator[tuple[Option, str, list[str]]]:

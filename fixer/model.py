@@ -17,7 +17,7 @@ from enum import Enum
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from fixer.errors import HubError, ModelError, UsageError
 from fixer.flags import ServerFlags, json_depth
@@ -78,6 +78,7 @@ class Model:
         revision: the commit on the hub, or the revision asked for; None for a folder.
         source: where the config came from.
         note: one sentence where the source is not what the user named, else "".
+        from_cache: the hub was out of reach, and the config is its client's cache's.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Model:
     revision: str | None
     source: Source
     note: str = ""
+    from_cache: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,15 @@ class _Files:
     revision: str | None
     source: Source
     note: str = ""
+    from_cache: bool = False
+
+
+class _Fetched(NamedTuple):
+    """A file of a repository, and its commit; whether the hub was out of reach, so that it is the cache's."""
+
+    path: Path
+    commit: str | None
+    from_cache: bool = False
 
 
 def load_model(name: str, flags: ServerFlags, *, hub: Hub | None = None) -> Model:
@@ -149,6 +160,7 @@ def _model(name: str, files: _Files, flags: ServerFlags) -> Model:
         files.revision,
         files.source,
         files.note,
+        files.from_cache,
     )
 
 
@@ -209,7 +221,7 @@ def _children(folder: Path) -> list[Path]:
 def _from_hub(name: str, flags: ServerFlags, hub: Hub, known: CatalogueEntry | None) -> _Files:
     """From the hub, or where that is out of reach from the catalogue."""
     try:
-        config, commit = _fetch(name, "config.json", flags.revision, hub)
+        config, commit, from_cache = _fetch(name, "config.json", flags.revision, hub)
     except UnreachableError as out:
         if known is None:
             raise out.error from None
@@ -217,13 +229,13 @@ def _from_hub(name: str, flags: ServerFlags, hub: Hub, known: CatalogueEntry | N
     parsed, note = read_json(config), ""
     quant: Mapping[str, Any] | None = None
     try:
-        quant = read_json(_fetch(name, "hf_quant_config.json", flags.revision, hub)[0])
+        quant = read_json(_fetch(name, "hf_quant_config.json", flags.revision, hub).path)
     except NoSuchFileError:
         pass  # most models have none
     except UnreachableError:
         # SGLang takes it as not there as well (model_config.py:1200-1211).
         note = "the hub is out of reach: config.json is the cache's, which has no hf_quant_config.json"
-    return _Files(parsed, quant, commit or flags.revision, Source.HUB, note)
+    return _Files(parsed, quant, commit or flags.revision, Source.HUB, note, from_cache)
 
 
 def _from_modelscope(name: str, flags: ServerFlags, hub: Hub, known: CatalogueEntry | None) -> _Files:
@@ -260,7 +272,7 @@ def _modelscope_file(name: str, filename: str, flags: ServerFlags) -> Path:
 # --- the hub ----------------------------------------------------------------------------------------------------
 
 
-def _fetch(name: str, filename: str, revision: str | None, hub: Hub) -> tuple[Path, str | None]:
+def _fetch(name: str, filename: str, revision: str | None, hub: Hub) -> _Fetched:
     """One file of a repository on the hub, out of the client's cache where it is there; and its commit.
 
     Raises:
@@ -275,18 +287,16 @@ def _fetch(name: str, filename: str, revision: str | None, hub: Hub) -> tuple[Pa
         raise refusal(name, revision, error, filename) from None
 
 
-def _download(
-    name: str, filename: str, revision: str | None, hub: Hub, late: threading.Event
-) -> tuple[Path, str | None]:
+def _download(name: str, filename: str, revision: str | None, hub: Hub, late: threading.Event) -> _Fetched:
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
-    def cached() -> tuple[Path, str | None]:
+    def cached() -> _Fetched:
         path = Path(
             hf_hub_download(
                 name, filename, revision=revision, cache_dir=hub.cache, token=hub.token, local_files_only=True
             )
         )
-        return path, commit_of(path) or revision
+        return _Fetched(path, commit_of(path) or revision, not constants.HF_HUB_OFFLINE)
 
     if constants.HF_HUB_OFFLINE:
         return cached()
@@ -314,7 +324,7 @@ def _download(
         cache_dir=hub.cache,
         etag_timeout=hub.timeout_s,
     )
-    return Path(path), about.commit_hash or revision
+    return _Fetched(Path(path), about.commit_hash or revision)
 
 
 def _before(seconds: float, task: Callable[[threading.Event], _T]) -> _T:

@@ -6,13 +6,33 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TextIO
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
+
+
+def tell(line: str, stream: TextIO | None = None) -> None:
+    """One of moefix's lines, on standard error if no stream is named. Nobody who hears it is no reason to stop.
+
+    A reader that has gone, a full disk behind `2>`, and a closed standard error are that.
+    """
+    stream = sys.stderr if stream is None else stream
+    if stream is None:  # Python's own answer to `2>&-`
+        return
+    with suppress(OSError, ValueError):
+        print(f"moefix: {line}", file=stream, flush=True)
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    try:
+        return stream is not None and stream.isatty()
+    except (OSError, ValueError):
+        return False
+
 
 PLAIN_INTERVAL = 5.0
 """Seconds between two plain lines of the same phase."""
@@ -51,7 +71,7 @@ class Silent:
 class PlainLines:
     """One line a phase and one every few seconds, with an estimate of what is left; for logs."""
 
-    stream: TextIO = field(default_factory=lambda: sys.stderr)
+    stream: TextIO | None = field(default_factory=lambda: sys.stderr)
     _name: str = ""
     _total: int = 0
     _done: int = 0
@@ -76,7 +96,7 @@ class PlainLines:
 
     def note(self, line: str) -> None:
         """Print a line."""
-        print(f"moefix: {line}", file=self.stream, flush=True)
+        tell(line, self.stream)
 
 
 @contextmanager
@@ -85,7 +105,7 @@ def terminal_progress(*, quiet: bool = False) -> Iterator[Progress]:
     if quiet:
         yield Silent()
         return
-    if not sys.stderr.isatty():
+    if not _is_terminal(sys.stderr):
         yield PlainLines()
         return
     from rich.console import Console
@@ -150,7 +170,7 @@ class Transfer:
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._name, self._quiet, self._now = name, quiet, now
-        self._stream = stream if stream is not None else sys.stderr
+        self._stream: TextIO | None = stream if stream is not None else sys.stderr
         self._samples: deque[tuple[float, int]] = deque()
         self._said = now()
         self._bars: RichProgress | None = None
@@ -164,11 +184,11 @@ class Transfer:
             self._samples.popleft()
         if self._quiet:
             return
-        if self._stream.isatty():
+        if _is_terminal(self._stream):
             self._show(done, total)
         elif now - self._said >= PLAIN_INTERVAL:
             self._said = now
-            print(f"moefix: {self.line(done, total)}", file=self._stream, flush=True)
+            tell(self.line(done, total), self._stream)
 
     def line(self, done: int, total: int) -> str:
         """How far it is, in one line."""

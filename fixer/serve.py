@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import shutil
 import sys
 import tempfile
@@ -16,13 +17,14 @@ from fixer.baked import find_kept, is_baked, with_baked_command
 from fixer.download import downloading
 from fixer.errors import MoefixError, StoreError, TuneError, told
 from fixer.install import Installation, Pair, install_pair
+from fixer.kept import is_known_to_fit, misfit_of, remember_fit
 from fixer.launch import MoefixOptions, become_server, reachable, split_flags
-from fixer.progress import Progress, terminal_progress
+from fixer.progress import Progress, tell, terminal_progress
 from fixer.proof import relay_settings, server_url
 from fixer.sglang_tree import own_choices
 from fixer.situation import TUNABLE, Situation, look_around
 from fixer.status import Board, OnBoard, Phase, new_board, posted
-from fixer.store import Artefact, Decision, data_home, find_artefact, save_artefact
+from fixer.store import Artefact, Decision, Found, data_home, save_artefact, set_aside
 from fixer.workload import Workload
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ def serve(argv: Sequence[str]) -> NoReturn:
         MoefixError: what makes serving pointless (no such model, no card, no SGLang). A failed tuning is a warning,
             and an error only with --moefix-strict.
     """
+    open_closed_streams()
     options, server_flags = split_flags(with_baked_command(argv))
     home = home_or_passing(options, Voice(quiet=options.quiet))
     with posted(new_board(home)) as board:
@@ -65,6 +68,15 @@ def serve_told(server_flags: Sequence[str], options: MoefixOptions, home: Path, 
     become_server(reachable(server_flags, situation.flags.host), environment.items(), relay)
 
 
+def open_closed_streams() -> None:
+    """Have descriptors 0 to 2 lead nowhere if they are closed: a file opened later would get what goes to them."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
+
+
 @dataclass(frozen=True)
 class Voice:
     """What moefix says on standard error; `quiet` leaves only warnings."""
@@ -79,7 +91,7 @@ class Voice:
 
     def warning(self, text: str) -> None:
         """Something that must be known."""
-        print(f"moefix: {text}", file=sys.stderr, flush=True)
+        tell(text)
 
     def follow(self, progress: Progress) -> Progress:
         """Have the board show a piece of work's progress too."""
@@ -119,6 +131,15 @@ SCRATCH_BYTES = 16 << 20
 """What a plan's compiled kernels need of the data folder."""
 
 
+def scratch_in(home: Path) -> Path:
+    """The data folder if it has space for compiled kernels, else a passing one.
+
+    Raises:
+        OSError: there is no place for one.
+    """
+    return home if shutil.disk_usage(home).free >= SCRATCH_BYTES else passing_folder()
+
+
 def prepare(situation: Situation, options: MoefixOptions, home: Path, say: Voice) -> list[Installation]:
     """Have a tuned pair of files in SGLang's tree for each kind of card, where SGLang reads one."""
     installations = []
@@ -156,13 +177,10 @@ def artefact_for(
     situation: Situation, kind: int, workload: Workload, options: MoefixOptions, home: Path, say: Voice
 ) -> Artefact | None:
     """The kept artefact that holds here, else a new one; None where there is none and none is wanted."""
-    from fixer.tune import covers, environment_of
+    from fixer.tune import covers
 
-    environment = environment_of(situation.tree, situation.cards[kind][0])
     rows = situation.rows(kind)
-    found = find_kept(home, environment, workload, rows)
-    for damaged in found.damaged:
-        say.warning(str(damaged))
+    found = find_fitting(situation, kind, workload, home, say)
     if found.artefact is not None and not options.fresh:
         if not found.artefact.measured:
             say.line("these configurations fit this card and were not measured; --moefix-fresh tunes on it")
@@ -178,6 +196,38 @@ def artefact_for(
         return found.artefact
     wish = Wish(with_rows_of(found.artefact, rows), fresh=options.fresh, known=found.artefact, must_keep=options.strict)
     return tune_kind(situation, kind, wish, home, say)
+
+
+def find_fitting(situation: Situation, kind: int, workload: Workload, home: Path, say: Voice) -> Found:
+    """The kept artefact that holds here. One whose tiles the card cannot run is set aside, and reported."""
+    from fixer.tune import environment_of
+
+    environment, passed_over = environment_of(situation.tree, situation.cards[kind][0]), set[Path]()
+    while True:
+        found = find_kept(home, environment, workload, situation.rows(kind), without=passed_over)
+        for damaged in found.damaged:
+            say.warning(str(damaged))
+        if found.artefact is None or found.path is None:
+            return found
+        why = why_unfit(found.artefact, situation, kind, home, say)
+        if not why:
+            return found
+        passed_over.add(found.path)
+        if is_baked(found.path):
+            say.warning(f"this image's tuning is not used: {why}")
+        else:
+            say.warning(str(set_aside(found.path, why)))
+
+
+def why_unfit(artefact: Artefact, situation: Situation, kind: int, home: Path, say: Voice) -> str:
+    """Why the card cannot run an artefact; "" where it can, or where that cannot be found out here, which is said."""
+    if is_known_to_fit(home, artefact):
+        return ""
+    try:
+        return misfit_of(artefact, situation.tree, situation.cards[kind][0], home, scratch_in(home))
+    except (MoefixError, OSError) as fault:
+        say.warning(f"whether the kept tuning fits this card was not checked: {foreseen(fault).message}")
+        return ""
 
 
 def with_rows_of(kept: Artefact | None, rows: Sequence[int]) -> tuple[int, ...]:
@@ -218,7 +268,7 @@ def tune_kind(situation: Situation, kind: int, wish: Wish, home: Path, say: Voic
     assert workload is not None
     card = situation.cards[kind][0]
     with terminal_progress(quiet=say.quiet) as bars, turn(home, card, progress := say.follow(bars)):
-        finished = finished_meanwhile(situation, kind, wish, home)
+        finished = finished_meanwhile(situation, kind, wish, home, say)
         if finished is not None:
             say.line(f"another moefix has tuned this, on {finished.created}: nothing to measure")
             return finished
@@ -252,14 +302,14 @@ def tune_kind(situation: Situation, kind: int, wish: Wish, home: Path, say: Voic
     return tuned.artefact
 
 
-def finished_meanwhile(situation: Situation, kind: int, wish: Wish, home: Path) -> Artefact | None:
+def finished_meanwhile(situation: Situation, kind: int, wish: Wish, home: Path, say: Voice) -> Artefact | None:
     """What another moefix kept while this one waited for its turn, if it has every row that is wished for."""
-    from fixer.tune import covers, environment_of
+    from fixer.tune import covers
 
     workload = situation.decisions[kind].workload
     if workload is None or wish.fresh or wish.exhaustive or wish.record is not None:
         return None
-    found = find_artefact(home, environment_of(situation.tree, situation.cards[kind][0]), workload).artefact
+    found = find_fitting(situation, kind, workload, home, say).artefact
     return found if found not in (None, wish.known) and covers(found, wish.rows) else None
 
 
@@ -271,6 +321,8 @@ def keep(artefact: Artefact, home: Path, wish: Wish, say: Voice) -> None:
         if wish.must_keep:
             raise
         say.warning(f"the tuning is used now and not kept: {fault.message}. {fault.hint}")
+    else:
+        remember_fit(home, artefact)  # it has run
 
 
 def importable_package(situation: Situation) -> Path | None:
@@ -310,9 +362,8 @@ def fitting_instead(situation: Situation, kind: int, home: Path, say: Voice) -> 
     card, workload = situation.cards[kind][0], situation.decisions[kind].workload
     assert workload is not None
     try:
-        scratch = home if shutil.disk_usage(home).free >= SCRATCH_BYTES else passing_folder()
         with CompileCache(home) as cache:
-            compiler = compiler_for(situation.tree, card, scratch, cache)
+            compiler = compiler_for(situation.tree, card, scratch_in(home), cache)
             vetted = vet(situation.tree, workload, card, situation.rows(kind), compiler)
             for bad in vetted.bad:
                 say.warning(str(bad))
@@ -384,8 +435,6 @@ def tune_only(
     Raises:
         MoefixError: whatever keeps it from measuring.
     """
-    from fixer.tune import environment_of
-
     say = Voice(quiet=options.quiet)
     home = data_home(options.home)
     argv = with_baked_command(argv)
@@ -400,7 +449,7 @@ def tune_only(
             continue
         rows, known = situation.rows(kind), None
         if not options.fresh:
-            known = find_kept(home, environment_of(situation.tree, card), decision.workload, rows).artefact
+            known = find_fitting(situation, kind, decision.workload, home, say).artefact
             rows = with_rows_of(known, rows)
         wish = Wish(rows, options.fresh, exhaustive, record, known, must_keep=True)
         artefact = tune_kind(situation, kind, wish, home, say)

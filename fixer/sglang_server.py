@@ -13,35 +13,19 @@ from pathlib import Path
 
 from fixer.bench_results import Load
 from fixer.errors import MoefixError
+from fixer.flags import plain_flags
 from fixer.load import Pass
 from fixer.model import read_json
 from fixer.sglang_log import read_line
 
 HEALTH, FLUSH_CACHE, SERVER_INFO = "/health", "/flush_cache", "/server_info"
 
-SECRET_OR_TLS = (
-    "--api-key",
-    "--admin-api-key",
-    "--ssl-keyfile",
-    "--ssl-certfile",
-    "--ssl-ca-certs",
-    "--ssl-keyfile-password",
-)
-"""Flags that a server on 127.0.0.1 does without: it would log the first two, and the others change the protocol."""
-
 OUT_OF_SHARED_MEMORY = re.compile(r"OutOfResources|out of resources?: shared memory")
 
 
 def local_flags(flags: Sequence[str], port: int) -> list[str]:
     """The user's flags for a server on 127.0.0.1 that only this process asks. The last of a repeated flag counts."""
-    kept: list[str] = []
-    words = iter(flags)
-    for word in words:
-        if word in SECRET_OR_TLS:
-            next(words, None)
-        elif word.partition("=")[0] not in SECRET_OR_TLS:
-            kept.append(word)
-    return [*kept, "--host", "127.0.0.1", "--port", str(port)]
+    return [*plain_flags(flags), "--host", "127.0.0.1", "--port", str(port)]
 
 
 def files_used(log: str) -> tuple[Path, ...]:

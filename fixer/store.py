@@ -21,8 +21,8 @@ import stat
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from enum import Enum
 from pathlib import Path
@@ -740,11 +740,13 @@ class Found:
         artefact: the one that holds here, or None.
         mismatch: where there is none, the nearest one of the same workload, if any.
         damaged: files that could not be used, for the caller to report.
+        path: where the artefact is.
     """
 
     artefact: Artefact | None
     mismatch: Mismatch | None
     damaged: tuple[Damaged, ...]
+    path: Path | None = field(default=None, compare=False)
 
 
 def safe_name(text: str) -> str:
@@ -774,18 +776,23 @@ def save_artefact(home: Path, artefact: Artefact) -> Path:
     return path
 
 
-def find_artefact(home: Path, environment: Environment, workload: Workload) -> Found:
+def find_artefact(home: Path, environment: Environment, workload: Workload, *, without: Container[Path] = ()) -> Found:
     """The kept artefact for this environment and workload, whatever state the folder is in. Never raises for a file.
 
     A damaged file is moved aside and reported. One that was not measured holds for any driver: nothing ran on one.
+
+    Args:
+        without: files to pass over.
     """
     path = artefact_path(home, environment, workload)
-    artefact, damaged = _load(path)
+    artefact, damaged = _load(path) if path not in without else (None, None)
     reports = [damaged] if damaged else []
     if artefact and artefact.workload == workload and not artefact.environment.difference(environment):
-        return Found(artefact, None, ())
+        return Found(artefact, None, (), path)
     near: list[Mismatch] = []
     for other_path in _artefact_files(home):
+        if other_path in without:
+            continue
         other, damaged = _load(other_path)
         if damaged:
             reports.append(damaged)
@@ -794,7 +801,7 @@ def find_artefact(home: Path, environment: Environment, workload: Workload) -> F
             parts = was.difference(environment)
             near.append(Mismatch(other_path, parts, was.explain(environment)))
             if not parts:
-                return Found(other, None, tuple(dict.fromkeys(reports)))
+                return Found(other, None, tuple(dict.fromkeys(reports)), other_path)
     return Found(None, min(near, key=lambda mismatch: len(mismatch.parts), default=None), tuple(dict.fromkeys(reports)))
 
 

@@ -9,10 +9,11 @@ from enum import Enum
 from pathlib import Path
 
 from fixer.decide import decide
-from fixer.errors import CardError, SGLangError, UsageError
+from fixer.errors import CardError, CompileError, SGLangError, UsageError
 from fixer.flags import ServerFlags
 from fixer.gpu import Card, find_card
 from fixer.install import Installation, Pair, install_pair, render_table
+from fixer.kept import card_of, misfit_of
 from fixer.kernel import read_kernel_source
 from fixer.ladder import ladder
 from fixer.model import Model
@@ -106,6 +107,24 @@ def install_in(tree: Tree, artefact: Artefact, home: Path) -> Installation:
     """
     check_tree(artefact.environment, tree)
     return install_pair(tree.triton_folder, Pair.of(artefact), home, tree.version)
+
+
+def check_fit(artefact: Artefact, tree: Tree, home: Path) -> str:
+    """Refuse an artefact with tiles that its card cannot run.
+
+    Returns:
+        "", or why that could not be found out here.
+
+    Raises:
+        UsageError: it has such tiles.
+    """
+    try:
+        why = misfit_of(artefact, tree, card_of(artefact.environment), home, home)
+    except CompileError as fault:
+        return fault.message
+    if why:
+        raise UsageError(f"the artefact of {artefact.model} does not fit its card: {why}", "Tune on that card.")
+    return ""
 
 
 def check_tree(environment: Environment, tree: Tree) -> None:

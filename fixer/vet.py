@@ -18,8 +18,9 @@ from fixer.families import NEWEST, at_least
 from fixer.gpu import Card
 from fixer.install import parse_table
 from fixer.kernel import Candidate, Compiled, CompileOutcome
+from fixer.proposals import last_resorts
 from fixer.sglang_tree import BEFORE_MOEFIX, OwnChoice, Tree, own_choices
-from fixer.store import Damaged, read_or_set_aside, set_aside, write_atomically
+from fixer.store import Artefact, Damaged, read_or_set_aside, set_aside, write_atomically
 from fixer.workload import Projection, Tile, Workload
 
 CompileFunction = Callable[[Iterable[Candidate]], Mapping[Candidate, Compiled]]
@@ -125,6 +126,32 @@ def _misfits(
                 place = None if source == "default" else Path(source)
                 faults.setdefault(place, f"its row for M = {tokens} ({tile}, {projection.value}) {why}")
     return faults
+
+
+def misfit(artefact: Artefact, card: Card, compiler: CompileFunction) -> str:
+    """The first of an artefact's tiles that does not run on the card, and why; "" where all do.
+
+    Raises:
+        MoefixError: nothing can be compiled here.
+    """
+    tiles = [
+        (row.batch, Candidate(artefact.workload, projection, tile))
+        for row in artefact.rows
+        for projection, tile in ((Projection.GATE_UP, row.gate_up), (Projection.DOWN, row.down))
+    ]
+    compiled = compiler([candidate for _, candidate in tiles])
+    for batch, candidate in tiles:
+        result = compiled[candidate]
+        if result.outcome in (CompileOutcome.DEADLINE, CompileOutcome.CRASHED):
+            # The tile's fault, unless a small one does not compile here either.
+            probe = Candidate(artefact.workload, Projection.GATE_UP, last_resorts(artefact.workload)[0])
+            _complaint(compiler([probe])[probe], card)
+            why = f"cannot be compiled: {result.outcome.value}"
+        else:
+            why = _complaint(result, card)
+        if why:
+            return f"its row for M = {batch} ({candidate.tile}, {candidate.projection.value}) {why}"
+    return ""
 
 
 def _batches(*paths: Path | None) -> set[int]:

@@ -23,13 +23,12 @@ from fixer.bench_serve import (
     Server,
     Start,
     bench_serving_pass,
-    end_group,
     last_lines,
     local_environment,
     parse_loads,
     schedule,
-    start_child,
 )
+from fixer.child_server import end_group, start_child
 from fixer.errors import SGLangError, UsageError
 from fixer.install import render_table
 from fixer.sglang_server import (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -236,6 +237,27 @@ def test_a_download_that_dies(
                 download.wait()
 
 
+@pytest.mark.parametrize("complete", [False, True])
+def test_a_watcher_that_stumbles_does_not_keep_the_start_waiting(
+    endpoint: str, cache: Path, tmp_path: Path, complete: bool
+) -> None:
+    class Stumbling(Said):
+        def line(self, text: str) -> None:
+            raise RuntimeError("oh")
+
+    say = Stumbling()
+    if complete:
+        fill(cache, *SHARDS, "model.safetensors.index.json")
+    with downloading(model(), ServerFlags(), tmp_path, say) as download:
+        assert download._over.wait(60)
+        if complete:
+            download.wait()
+            assert "could not be followed: RuntimeError: oh; the cache has all weights" in str(say)
+        else:
+            with pytest.raises(HubError, match="could not be followed: RuntimeError: oh"):
+                download.wait()
+
+
 def test_it_is_left_to_sglang(site: Site, endpoint: str, tmp_path: Path, say: Said) -> None:
     flags = ServerFlags(speculative_draft_model_path="owner/draft")
     with downloading(model(), flags, tmp_path, say, skip=True) as download:
@@ -335,6 +357,19 @@ def test_offline_without_the_weights(machine, site):
     assert (result.code, result.record) == (6, None)
     assert "HF_HUB_OFFLINE is set" in result.err
     assert len(site.requests) == asked
+
+
+def test_a_hub_that_is_gone_and_a_cache_that_has_all(machine, cache):
+    machine.artefact()
+    assert machine.run(*NAME).served
+    shutil.rmtree(machine.home / "downloads")  # another data folder, so to speak
+    result = machine.run(*NAME, env={"HF_ENDPOINT": "http://127.0.0.1:9"})
+    assert result.served, result.err
+    assert f"the hub is out of reach, and the weights are in the cache, commit {COMMIT}" in result.err
+    assert "trying again" not in result.err
+    (snapshot_folder(cache, "owner/name", COMMIT) / SHARDS[1]).unlink()
+    gone = Model("owner/name", "A", {}, {}, None, COMMIT, Source.HUB, from_cache=True)
+    assert isinstance(wanted(gone, ServerFlags(), machine.home, {}), Request)
 
 
 def test_dummy_weights_and_skipping_fetch_nothing(machine, site):

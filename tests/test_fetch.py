@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import fakes
@@ -329,6 +329,17 @@ def test_a_hub_that_is_not_there(tmp_path: Path) -> None:
     assert isinstance(last, Failed)
     assert "out of reach" in last.message
     assert not last.lasting
+
+
+def test_a_hub_that_is_gone_is_asked_once_where_all_weights_are_there(site: Site, hub: str, tmp_path: Path) -> None:
+    by_name = replace(REQUEST, commit=None)
+    assert isinstance(fetch(hub, tmp_path / "hf", by_name)[-1], Done)
+    for request in (REQUEST, by_name):
+        (only,) = fetch("http://127.0.0.1:9", tmp_path / "hf", request)
+        assert isinstance(only, Failed)
+        assert not only.lasting
+    (snapshot(tmp_path / "hf") / SHARDS[1]).unlink()
+    assert any(isinstance(message, Trouble) for message in fetch("http://127.0.0.1:9", tmp_path / "hf", by_name))
 
 
 def test_a_repository_without_weights(site: Site, hub: str, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from fixer.bench_results import Load
-from fixer.bench_serve import free_port
+from fixer.child_server import free_port
 from fixer.errors import SGLangError
 from fixer.load import FIRST_ID, percentile, prompts, run_pass, summary, timed
 

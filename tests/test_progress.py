@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fixer import progress
-from fixer.progress import PlainLines, Silent, Transfer, gigabytes, terminal_progress
+from fixer.progress import PlainLines, Silent, Transfer, gigabytes, tell, terminal_progress
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -88,6 +88,28 @@ def test_without_a_terminal_there_are_plain_lines_on_standard_error(capfd):
         plain.phase("search", 3)
         plain.note("found [bold]it[/bold]")
     assert capfd.readouterr() == ("", "moefix: search ...\nmoefix: found [bold]it[/bold]\n")
+
+
+@pytest.mark.parametrize("fault", [BrokenPipeError, OSError, ValueError])
+def test_a_line_that_cannot_be_written_stops_nothing(clock, monkeypatch, fault):
+    class Broken(io.StringIO):
+        def write(self, text):
+            raise fault
+
+        def isatty(self):
+            raise fault
+
+    for stream in (Broken(), None):
+        monkeypatch.setattr("sys.stderr", stream)
+        tell("x")
+        with terminal_progress() as plain:
+            plain.phase("search", 2)
+            clock.now += 100
+            plain.advance("x")
+            plain.note("y")
+        far = Transfer("download", now=clock.monotonic)
+        clock.now += 100
+        far.update(1, 2)
 
 
 BAR = """

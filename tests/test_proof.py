@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from dataclasses import replace
@@ -225,28 +226,86 @@ def test_asked_and_it_looks_for_nothing(machine):
 
 def test_an_answer_that_does_not_come_leaves_it_to_the_rules(machine):
     artefact = machine.artefact()
-    ends = SERVER.replace("    time.sleep(600)\ntime", "    sys.exit('RuntimeError: no such card')\ntime")
+    ends = SERVER.replace(
+        "    time.sleep(600)\ntime", "    sys.exit('RuntimeError: no such card for hf_abcd1234')\ntime"
+    )
     (machine.package / "launch_server.py").write_text(ends)
     result = machine.run(*machine.flags, "--moefix-ask", env=lines_env(artefact.gate_up_file, artefact.down_file))
     assert result.served
-    assert "RuntimeError: no such card; going by moefix's rules" in result.err
+    assert "RuntimeError: no such card for ***; going by moefix's rules" in result.err
     assert installed(machine, artefact)
     assert b"no such card" in (machine.home / "ask.log").read_bytes()
 
 
+def asked_process(machine):
+    """The SGLang that is asked, once it runs."""
+    asked = machine.record.parent / "record.asked"
+    assert fakes.eventually(lambda: asked.exists() and asked.read_text().endswith("}"), 60)
+    return json.loads(asked.read_text())["pid"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_asking_ends_all_of_it(machine, number):
+    took = []
+    for _ in range(3):
+        (machine.record.parent / "record.asked").unlink(missing_ok=True)
+        process = machine.start(*machine.flags, "--moefix-ask")
+        asked_process(machine)
+        began = time.monotonic()
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        took.append(time.monotonic() - began)
+        assert process.returncode == 128 + number, err
+        assert "Traceback" not in err
+        assert fakes.eventually(lambda: fakes.processes_with("RECORD", str(machine.record)) == set(), 5)
+        assert status.states(machine.home)[0].phase is Phase.ENDED
+    assert min(took) < 1.5  # docker stop's ten seconds are shared; a busy machine adds what it likes to one of them
+    assert max(took) < 10
+
+
+def test_a_signal_while_sglang_is_being_started_leaves_nothing(machine):
+    for turn in range(8):
+        process = machine.start(*machine.flags, "--moefix-ask")
+        assert any("asking SGLang" in line for line in process.stderr)
+        time.sleep(turn * 0.0025)
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 143, err
+        assert fakes.eventually(lambda: fakes.processes_with("RECORD", str(machine.record)) == set(), 5)
+
+
+def test_the_asked_sglang_dies_with_a_killed_moefix(machine):
     process = machine.start(*machine.flags, "--moefix-ask")
-    asked = machine.record.parent / "record.asked"
-    assert fakes.eventually(asked.exists, 60)
-    began = time.monotonic()
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, err
-    assert time.monotonic() - began < 4
-    assert "Traceback" not in err
-    assert fakes.eventually(lambda: fakes.processes_with("RECORD", str(machine.record)) == set(), 5)
-    assert status.states(machine.home)[0].phase is Phase.ENDED
+    pid = asked_process(machine)
+    try:
+        process.kill()
+        process.communicate(timeout=60)
+        # Its own children are SGLang's affair: they die with their parent there, and not in this stand-in.
+        assert fakes.eventually(lambda: pid not in fakes.processes_with("RECORD", str(machine.record)), 5)
+    finally:
+        for left in fakes.processes_with("RECORD", str(machine.record)):
+            os.kill(left, signal.SIGKILL)
+
+
+def test_no_secret_reaches_the_asked_server_nor_its_log(machine):
+    artefact = machine.artefact()
+    says = (
+        r"""api_key='in the config', admin_api_key=\"it's\", level='info', key={'api_key': 'as a dict'} hf_abcdef12"""
+    )
+    spelt = SERVER.replace("moe_a2a_backend='none')", f"moe_a2a_backend='none', {says})")
+    (machine.package / "launch_server.py").write_text(spelt)
+    secrets = ("--api-key", "sk-secret", "--admin-api=sk-secret", "--ssl-keyfile", "key.pem", "--ssl-certfile=c.pem")
+    env = asked_env(artefact.gate_up_file, artefact.down_file)
+    result = machine.run(*machine.flags, *secrets, "--moefix-ask", "--moefix-skip-download", env=env)
+    assert result.served, result.err
+    assert [word for word in secrets if word in result.record["argv"]] == list(secrets)
+    argv = json.loads((machine.record.parent / "record.asked").read_text())["argv"]
+    assert set(argv).isdisjoint(secrets)
+    log = (machine.home / "ask.log").read_text()
+    for secret in ("in the config", "it's", "as a dict", "hf_abcdef12"):
+        assert secret not in log
+    assert "moe_a2a_backend='none', api_key=***, admin_api_key=***, level='info', key={'api_key': ***} ***" in log
+    assert "Using " in log
 
 
 def test_an_uncertain_model_is_asked_about_without_being_told(machine, models):

@@ -406,3 +406,30 @@ def test_a_signal_during_tuning_ends_all_of_it(machine, number):
 
 def test_the_verdict_counts_time_saved(machine):
     assert verdict(machine.artefact(), 2.0).endswith("; 50.0 % less time on average")
+
+
+# --- nobody listens --------------------------------------------------------------------------------------------------
+
+
+def start_unheard(machine, how, *flags, entry=None):
+    """With a standard error that nobody reads, that is on a full disk, or that is closed."""
+    command = [sys.executable, str(entry or ROOT / "entrypoint.py"), *machine.flags, *flags]
+    if how == "closed":
+        command = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "w") as full:
+        stderr = {"gone": writer, "full": full, "closed": None}[how]
+        process = subprocess.Popen(command, env=machine.env, cwd=machine.site.parent, stderr=stderr)
+    os.close(writer)
+    return process
+
+
+@pytest.mark.parametrize("how", ["gone", "full", "closed"])
+@pytest.mark.parametrize("flags", [(), ("--moefix-skip-tune", "--moefix-smem-limit=16000")])
+def test_a_server_starts_though_nobody_hears_moefix(machine, how, flags):
+    artefact = machine.artefact()
+    process = start_unheard(machine, how, *flags)
+    assert process.wait(120) == 41
+    assert json.loads(machine.record.read_text())["argv"] == list(machine.flags)
+    assert flags or installed(machine, artefact)

@@ -37,6 +37,7 @@ from fixer.transfer import (
     write_vllm,
 )
 from fixer.tune import environment_of
+from fixer.workload import Tile
 
 ROOT = Path(__file__).resolve().parents[1]
 FP8 = "q3_30b_fp8_4090"
@@ -271,6 +272,23 @@ def test_import_installs_into_the_tree_it_was_tuned_for_only(artefact, tree, tmp
         )
     with pytest.raises(SGLangError):
         install_in(tree_at(package), artefacts_in(tmp_path / "a.json")[0], tmp_path)
+
+
+@pytest.mark.parametrize("claims", [101376, 232448])
+def test_import_does_not_install_what_the_card_cannot_run(artefact, tree, tmp_path, claims):
+    package = tmp_path / "sglang"
+    shutil.copytree(tree.package, package)
+    before = set(package.rglob("*.json"))
+    large = Tile(128, 128, 64, 8, 8, 5)  # 131072 bytes: more than this card has, less than the second claim
+    rows = (*artefact.rows[:-1], replace(artefact.rows[-1], gate_up=large, down=large))
+    forged = replace(artefact, rows=rows, environment=replace(artefact.environment, shared_memory=claims))
+    write_artefact(forged, tmp_path / "a.json")
+    arguments = ("import", "--install", "--sglang-root", str(package), str(tmp_path / "a.json"))
+    result = moefix(tmp_path / "home", *arguments)
+    assert result.returncode == 2
+    assert "bytes of shared memory a block, and the card has 101376" in result.stderr
+    assert set(package.rglob("*.json")) == before
+    assert not list((tmp_path / "home").glob("artefacts/*/*"))
 
 
 # --- of a plan -------------------------------------------------------------------------------------------------------

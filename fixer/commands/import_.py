@@ -31,6 +31,9 @@ def command(*, files: tuple[Path, ...], install: bool, sglang_root: Path | None,
         for artefact in artefacts:
             if tree is not None:
                 transfer.check_tree(artefact.environment, tree)
+                unchecked = transfer.check_fit(artefact, tree, data)
+                if unchecked:
+                    click.echo(f"moefix: whether it fits its card was not checked: {unchecked}", err=True)
         for artefact in artefacts:
             click.echo(f"kept {transfer.keep(artefact, data)}: {transfer.describe(artefact)}")
             if not artefact.measured:

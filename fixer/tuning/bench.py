@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from fixer.errors import CardError, TuneError
 from fixer.kernel import Candidate, Target, complaint, compute_type, kernel_function, warm_kernel
 from fixer.kernel_arguments import LaunchContext, Product, Role, launch_arguments, padded_tokens
+from fixer.progress import tell
 from fixer.workload import Projection, Workload
 
 from .clock import Clock, Graph
@@ -121,7 +121,7 @@ class Bench:
         fewest = min(rotation.experts for rotation in chosen.values())
         if fewest < workload.experts:
             said = f"{free >> 20} MiB are free on the card: weights of {fewest} of {workload.experts} experts are used"
-            print(f"moefix: {said}", file=sys.stderr, flush=True)
+            tell(said)
         return {p: make_layer(products[p], chosen[p].copies, self._generator, chosen[p].experts) for p in BOTH}
 
     def _launches(self, projection: Projection, tokens: int) -> int:
