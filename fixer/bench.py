@@ -217,7 +217,7 @@ DUEL_SECONDS = 120.0
 
 
 def _layer(subject: Subject) -> Factory:
-    from fixer.tune import _layer_handler
+    from fixer.tune import build_layer
     from fixer.tuning.warm import server_triton_cache
 
     package = importable_package(subject.situation)
@@ -227,7 +227,7 @@ def _layer(subject: Subject) -> Factory:
             "Install SGLang in this Python environment, or use the moefix image.",
         )
     most = subject.artefact.rows[-1].batch
-    return partial(_layer_handler, package, subject.workload, subject.card.index or 0, most, server_triton_cache())
+    return partial(build_layer, package, subject.workload, subject.card.index or 0, most, server_triton_cache())
 
 
 class _Duels:

@@ -14,8 +14,7 @@ from datetime import datetime, timezone
 from enum import Enum
 from pathlib import Path
 
-from fixer.store import _Reader as Reader
-from fixer.store import check_file_name, parse_json, read_or_set_aside, write_atomically
+from fixer.store import Reader, check_file_name, parse_json, read_or_set_aside, write_atomically
 
 SCHEMA = 1
 

@@ -221,7 +221,7 @@ def plan(
         raise UsageError("--sglang and --sglang-root exclude each other", "Give one of them.")
     named = () if model is None else (f"--model-path={model}",)
     cards = _cards(gpus, smem_limit)
-    with _interruptible(), _data_folder(home) as data:
+    with interruptible(), _data_folder(home) as data:
         plans = _plans((*sglang_flags, *named), cards, _tree(sglang_root, version, data), data, lookup_only)
         misfit = next((one for one in plans if one.decision.indivisible), None)
         if as_json or misfit is None:
@@ -271,7 +271,7 @@ def _data_folder(chosen: str | None) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _interruptible(at_most: float | None = 1.7) -> Iterator[None]:
+def interruptible(at_most: float | None = 1.7) -> Iterator[None]:
     """Have SIGTERM unwind as Ctrl-C does, so that compiling processes and passing folders do not stay behind.
 
     What unwinds is not disturbed by a second signal. One that was ignored from the start (nohup) stays ignored.
@@ -388,7 +388,7 @@ def tune(
     options = MoefixOptions(
         fresh=fresh, smem_limit=smem_limit, home=home, sglang_root=sglang_root, quiet=quiet, strict=True
     )
-    with _interruptible():
+    with interruptible():
         artefacts = tune_only((*sglang_flags, *named), options, exhaustive=exhaustive, record=record)
     if as_json:
         texts = [artefact.to_json() for artefact in artefacts]
@@ -406,5 +406,5 @@ def serve_command(*, arguments: tuple[str, ...]) -> None:
     """
     from fixer.serve import serve
 
-    with _interruptible():
+    with interruptible():
         serve(arguments)

@@ -213,7 +213,7 @@ _LAUNCH = re.compile(r"^\s*(?P<name>[A-Za-z_]\w{2,80})\[[^\]]{0,200}\]\(")
 
 
 @dataclass(frozen=True)
-class Finding:
+class Explanation:
     """One explained error.
 
     Attributes:
@@ -290,7 +290,7 @@ _CURES = {
 }
 
 
-def find(error: str, above: Iterable[str]) -> Finding | None:
+def find(error: str, above: Iterable[str]) -> Explanation | None:
     """What an error line means, None where it is none of the table.
 
     Args:
@@ -304,11 +304,11 @@ def find(error: str, above: Iterable[str]) -> Finding | None:
         named = match.groupdict()
         needs, has = int((named.get("needs") or "0")[:12]), int((named.get("has") or "0")[:12])
         if sign.fault in _WITHOUT_KERNEL:
-            return Finding(sign.fault, _NOWHERE)
+            return Explanation(sign.fault, _NOWHERE)
         kernel, launched = _kernel(error, above)
         if kernel is UNKNOWN and sign.fault is Fault.CUTLASS:
             kernel, launched = _CUTLASS, ""
-        return Finding(sign.fault, kernel, needs, has, launched)
+        return Explanation(sign.fault, kernel, needs, has, launched)
     return None
 
 
@@ -337,7 +337,7 @@ class Diagnosis:
     def __init__(self) -> None:
         self._said: set[tuple[str, str, str]] = set()
 
-    def see(self, line: str, above: Iterable[str]) -> Finding | None:
+    def see(self, line: str, above: Iterable[str]) -> Explanation | None:
         """What a line means, None where it is no error or one of a kind that was explained before."""
         finding = find(line, above) if len(self._said) < MOST else None
         if finding is None or self.kind(finding) in self._said:
@@ -350,6 +350,6 @@ class Diagnosis:
         self._said.add(kind)
 
     @staticmethod
-    def kind(finding: Finding) -> tuple[str, str, str]:
+    def kind(finding: Explanation) -> tuple[str, str, str]:
         """What makes two errors alike."""
         return (finding.fault.name, finding.kernel.name, finding.launched)

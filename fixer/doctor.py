@@ -27,7 +27,7 @@ from fixer.errors import CardError, MoefixError, SGLangError, UsageError, told
 from fixer.families import rules_for
 from fixer.flags import ServerFlags, parse_flags
 from fixer.gpu import SHARED_MEMORY_BYTES, Card, occupancy, visible_cards
-from fixer.hub import uses_modelscope
+from fixer.hub import hub_cache, uses_modelscope
 from fixer.sglang_tree import PINNED, RELEASES, Tree, find_tree
 
 SCHEMA = 1
@@ -467,14 +467,9 @@ _VARIABLES = {"hub cache": "HF_HOME", "Triton's cache": "TRITON_CACHE_DIR"}
 
 
 def _caches() -> tuple[tuple[str, Path], ...]:
-    from huggingface_hub import constants
+    from fixer.tuning.warm import server_triton_cache
 
-    triton = os.environ.get("TRITON_CACHE_DIR")
-    home = Path(os.environ.get("TRITON_HOME") or os.path.expanduser("~"))
-    return (
-        ("hub cache", Path(constants.HF_HUB_CACHE)),
-        ("Triton's cache", Path(triton) if triton else home / ".triton" / "cache"),
-    )
+    return (("hub cache", hub_cache()), ("Triton's cache", server_triton_cache()))
 
 
 def _is_writable(folder: Path) -> bool:

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from fixer import diagnose, sglang_log
-from fixer.diagnose import Diagnosis, Finding
+from fixer.diagnose import Diagnosis, Explanation
 from fixer.sglang_log import LogLine, Said
 from fixer.verdict import HARMLESS, PASSING, Expected, Watch
 
@@ -424,7 +424,7 @@ class Relay:
         if finding is not None:
             self._explain(finding)
 
-    def _explain(self, finding: Finding) -> None:
+    def _explain(self, finding: Explanation) -> None:
         self._tell(fault=Diagnosis.kind(finding))
         installed = bool(self._settings.expected.pairs)
         for text in finding.explain(self._settings.card, installed=installed):

@@ -518,7 +518,7 @@ class Artefact:
             raise ValueError(f"its schema is not {SCHEMA}")
         if body.pop("checksum", None) != _checksum(body):
             raise ValueError("its checksum does not match its content")
-        return _read_artefact(_Reader(body, "artefact"))
+        return _read_artefact(Reader(body, "artefact"))
 
 
 def _plain(value: object) -> str:
@@ -548,7 +548,7 @@ _T = TypeVar("_T")
 _E = TypeVar("_E", bound=Enum)
 
 
-class _Reader:
+class Reader:
     """Takes typed values out of one JSON object; every doubt is a ValueError that names the place."""
 
     def __init__(self, row: Any, place: str) -> None:
@@ -558,6 +558,7 @@ class _Reader:
         self._place = place
 
     def value(self, name: str) -> Any:
+        """What is there under a name."""
         if name not in self._row:
             raise ValueError(f"{self._place} has no {name}")
         return self._row[name]
@@ -566,18 +567,21 @@ class _Reader:
         return ValueError(f"{self._place}: {name} is not {wanted}")
 
     def text(self, name: str, most: int = 1000) -> str:
+        """A printable text of at most so many characters."""
         value = self.value(name)
         if not isinstance(value, str) or len(value) > most or not value.isprintable():
             raise self._wrong(name, "a printable text of bearable length")
         return value
 
     def whole(self, name: str, least: int = 0, most: int = 1 << 31) -> int:
+        """A whole number between these bounds, both included."""
         value = self.value(name)
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             raise self._wrong(name, f"a whole number from {least} to {most}")
         return value
 
     def number(self, name: str) -> float:
+        """A finite number."""
         value = self.value(name)
         # A huge int compares with a float exactly, and so never overflows here.
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e15 < value < 1e15:
@@ -585,37 +589,44 @@ class _Reader:
         return float(value)
 
     def optional_number(self, name: str) -> float | None:
+        """A finite number, or null."""
         return None if self.value(name) is None else self.number(name)
 
     def flag(self, name: str) -> bool:
+        """True or false."""
         value = self.value(name)
         if not isinstance(value, bool):
             raise self._wrong(name, "true or false")
         return value
 
     def pair(self, name: str) -> tuple[int, int]:
+        """Two whole numbers."""
         value = self.value(name)
         if not isinstance(value, list) or len(value) != 2:
             raise self._wrong(name, "a pair")
-        inner = _Reader({str(place): item for place, item in enumerate(value)}, f"{self._place}: {name}")
+        inner = Reader({str(place): item for place, item in enumerate(value)}, f"{self._place}: {name}")
         return inner.whole("0", most=1 << 20), inner.whole("1", most=1 << 20)
 
     def one_of(self, name: str, kind: type[_E]) -> _E:
+        """A member of an enum, by its value."""
         value = self.value(name)
         if not isinstance(value, str) or value not in {member.value for member in kind}:
             raise self._wrong(name, f"a {kind.__name__}")
         return kind(value)
 
-    def inner(self, name: str) -> _Reader:
-        return _Reader(self.value(name), f"{self._place}: {name}")
+    def inner(self, name: str) -> Reader:
+        """An object within this one."""
+        return Reader(self.value(name), f"{self._place}: {name}")
 
-    def each(self, name: str) -> Iterator[_Reader]:
+    def each(self, name: str) -> Iterator[Reader]:
+        """The objects of a list."""
         rows = self.value(name)
         if not isinstance(rows, list):
             raise self._wrong(name, "a list")
-        return (_Reader(row, f"{self._place}: {name}[{place}]") for place, row in enumerate(rows))
+        return (Reader(row, f"{self._place}: {name}[{place}]") for place, row in enumerate(rows))
 
     def tile(self, name: str) -> Tile:
+        """A tile."""
         row = self.value(name)
         if not isinstance(row, dict):
             raise self._wrong(name, "an object")
@@ -632,7 +643,7 @@ def _names(kind: type) -> set[str]:
     return {field.name for field in fields(kind)}
 
 
-def _read_artefact(reader: _Reader) -> Artefact:
+def _read_artefact(reader: Reader) -> Artefact:
     reader.only(_names(Artefact) | {"schema"})
     return Artefact(
         environment=_read_environment(reader.inner("environment")),
@@ -648,7 +659,7 @@ def _read_artefact(reader: _Reader) -> Artefact:
     )
 
 
-def _read_environment(reader: _Reader) -> Environment:
+def _read_environment(reader: Reader) -> Environment:
     reader.only(_names(Environment))
     return Environment(
         card=reader.text("card"),
@@ -662,7 +673,7 @@ def _read_environment(reader: _Reader) -> Environment:
     )
 
 
-def _read_workload(reader: _Reader) -> Workload:
+def _read_workload(reader: Reader) -> Workload:
     reader.only(_names(Workload))
     return Workload(
         experts=reader.whole("experts", 1, 1 << 16),
@@ -681,7 +692,7 @@ def _read_workload(reader: _Reader) -> Workload:
     )
 
 
-def _read_row(reader: _Reader) -> RowChoice:
+def _read_row(reader: Reader) -> RowChoice:
     reader.only(_names(RowChoice))
     return RowChoice(
         batch=reader.whole("batch", 1),

@@ -377,7 +377,7 @@ class _Session:
         if job.layer_package is None or not self._has_room_for_layer():
             return None
         factory = partial(
-            _layer_handler, job.layer_package, job.workload, job.card.index or 0, job.rows[-1], server_triton_cache()
+            build_layer, job.layer_package, job.workload, job.card.index or 0, job.rows[-1], server_triton_cache()
         )
         child = ChildProcess(factory, LAYER_START_SECONDS)
         stack.callback(child.close)
@@ -483,7 +483,14 @@ class _Session:
         return runner.duel(DuelRequest(request.tokens, own, request.tuned))
 
 
-def _layer_handler(package: Path, workload: Workload, device: int, most_tokens: int, cache: Path) -> Handler:
+def build_layer(package: Path, workload: Workload, device: int, most_tokens: int, cache: Path) -> Handler:
+    """What answers duels through SGLang's own layer; runs in a child process (`ChildProcess`).
+
+    Args:
+        package: SGLang's.
+        workload, device, most_tokens: as for `LayerSetup`.
+        cache: Triton's cache folder.
+    """
     import os
 
     os.environ["TRITON_CACHE_DIR"] = str(cache)

@@ -96,3 +96,10 @@ def test_it_is_tritons_own_rule(monkeypatch, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert Path(knobs.cache_knobs().dir) == server_triton_cache()
+
+
+def test_a_user_without_a_name_has_a_cache_too(monkeypatch):
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 4_242_424)
+    assert server_triton_cache() == Path("~", ".triton", "cache")  # below the working directory, as Triton takes it

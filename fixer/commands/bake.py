@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from fixer.cli import PASS_THROUGH, _interruptible
+from fixer.cli import PASS_THROUGH, interruptible
 
 
 @click.command("bake", context_settings=PASS_THROUGH)
@@ -59,7 +59,7 @@ def command(
         volume=volume,
         force=force,
     )
-    with _interruptible(at_most=None):
+    with interruptible(at_most=None):
         with terminal_progress(quiet=quiet) as progress:
             baked = bake(order, progress)
         for one in baked.recipe.artefacts:

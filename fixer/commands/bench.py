@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from fixer.cli import ELSEWHERE, PASS_THROUGH, _interruptible
+from fixer.cli import ELSEWHERE, PASS_THROUGH, interruptible
 
 
 @click.command("bench", short_help=ELSEWHERE["bench"], context_settings=PASS_THROUGH)
@@ -80,7 +80,7 @@ def command(
     named = () if model is None else (f"--model-path={model}",)
     request = Request((*sglang_flags, *named), limits, sglang_root, home, skip_tune, quiet)
     output = Output(out, as_json)
-    with _interruptible(at_most=None):
+    with interruptible(at_most=None):
         if serve:
             run_serve(request, plan, output, resume=resume)
         else:

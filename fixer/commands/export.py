@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fixer.cli import PASS_THROUGH, _interruptible
+from fixer.cli import PASS_THROUGH, interruptible
 from fixer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def command(
     if (source, planned).count(None) == 0:
         raise UsageError("--file and --for exclude each other", "Give one of them.")
     words = (*sglang_flags, *(() if model is None else (f"--model-path={model}",)))
-    with _interruptible():
+    with interruptible():
         data = data_home(home)
         if source is not None:
             artefacts = transfer.artefacts_in(source)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from fixer.cli import _interruptible
+from fixer.cli import interruptible
 
 
 @click.command("import")
@@ -23,7 +23,7 @@ def command(*, files: tuple[Path, ...], install: bool, sglang_root: Path | None,
     from fixer.sglang_tree import find_tree
     from fixer.store import data_home
 
-    with _interruptible():
+    with interruptible():
         artefacts = [artefact for path in files for artefact in transfer.artefacts_in(path)]
         data = data_home(home)
         root = str(sglang_root) if sglang_root else None

@@ -24,7 +24,8 @@ def server_triton_cache() -> Path:
     chosen = os.environ.get("TRITON_CACHE_DIR")
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("TRITON_HOME") or Path.home()) / ".triton" / "cache"
+    # As Triton has it (knobs.py); Path.home() raises for a user without a name and HOME.
+    return Path(os.environ.get("TRITON_HOME") or os.path.expanduser("~")) / ".triton" / "cache"
 
 
 def server_candidates(workload: Workload, rows: Mapping[int, TilePair], most_tokens: int) -> list[Candidate]:
