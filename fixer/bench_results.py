@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from enum import Enum
 from pathlib import Path
 
-from fixer.store import Reader, check_file_name, parse_json, read_or_set_aside, write_atomically
+from fixer.store import Reader, check_file_name, parse_object, read_or_set_aside, write_atomically
 
 SCHEMA = 1
 
@@ -247,11 +247,7 @@ class BenchResult:
         Raises:
             ValueError: anything at all is not as `to_json` writes it; the text says what.
         """
-        body = parse_json(content)
-        if not isinstance(body, dict):
-            raise ValueError("it is not an object")
-        if body.get("schema") != SCHEMA or isinstance(body["schema"], bool):
-            raise ValueError(f"its schema is not {SCHEMA}")
+        body = parse_object(content, SCHEMA)
         return _read_result(Reader(body, "result"))
 
 

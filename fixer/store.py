@@ -265,6 +265,20 @@ def parse_json(content: str | bytes) -> Any:
     return parsed
 
 
+def parse_object(content: str | bytes, schema: int) -> dict[str, Any]:
+    """A JSON object whose "schema" is that number, by `parse_json`.
+
+    Raises:
+        ValueError: it is no such object.
+    """
+    body = parse_json(content)
+    if not isinstance(body, dict):
+        raise ValueError("it is not an object")
+    if body.get("schema") != schema or isinstance(body["schema"], bool):
+        raise ValueError(f"its schema is not {schema}")
+    return body
+
+
 def _check_depth(value: Any, most: int = 20) -> None:
     if most == 0:
         raise RecursionError
@@ -511,11 +525,7 @@ class Artefact:
         Raises:
             ValueError: anything at all is not as `to_json` writes it; the text says what.
         """
-        body = parse_json(content)
-        if not isinstance(body, dict):
-            raise ValueError("it is not an object")
-        if body.get("schema") != SCHEMA or isinstance(body["schema"], bool):
-            raise ValueError(f"its schema is not {SCHEMA}")
+        body = parse_object(content, SCHEMA)
         if body.pop("checksum", None) != _checksum(body):
             raise ValueError("its checksum does not match its content")
         return _read_artefact(Reader(body, "artefact"))

@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from test_gpu import FAKE_DRIVER, FAKE_NVML
+from fake_driver import build_driver
 
 import fixer
 from fixer import doctor
@@ -33,11 +33,7 @@ FOLDER = "srt/layers/moe/moe_runner/triton_utils/configs/triton_3_6_0"
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("driver")
-    for name, source in (("libcuda.so.1", FAKE_DRIVER), ("libnvidia-ml.so.1", FAKE_NVML)):
-        command = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(folder / name)]
-        subprocess.run(command, input=source, text=True, check=True)
-    return folder
+    return build_driver(tmp_path_factory.mktemp("driver"))
 
 
 @pytest.fixture

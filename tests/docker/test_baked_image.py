@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from artefacts import RTX_4090, artefact_of
 from engine import BASE, FAKE_TOKEN, ROOT, docker
-from test_gpu import FAKE_DRIVER, FAKE_NVML
+from fake_driver import build_driver
 
 from fixer.install import Pair, render_table
 from fixer.sglang_tree import PINNED
@@ -251,10 +251,7 @@ def test_words_come_through_to_the_letter(image, tags, exported):
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory):
     """A server and a driver, readable by any user."""
-    folder = tmp_path_factory.mktemp("stand-ins")
-    for name, source in (("libcuda.so.1", FAKE_DRIVER), ("libnvidia-ml.so.1", FAKE_NVML)):
-        compiler = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(folder / name)]
-        subprocess.run(compiler, input=source, text=True, check=True)
+    folder = build_driver(tmp_path_factory.mktemp("stand-ins"))
     (folder / "launch_server.py").write_text(SERVER)
     (folder / "__init__.py").touch()
     for path in (folder, folder.parent, *folder.iterdir()):

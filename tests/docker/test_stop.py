@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 
 import pytest
 from engine import docker
-from test_gpu import FAKE_DRIVER, FAKE_NVML
+from fake_driver import build_driver
 
 pytestmark = pytest.mark.docker
 
@@ -29,10 +28,7 @@ while True:
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory):
     """A server and a driver, readable by any user."""
-    folder = tmp_path_factory.mktemp("stand-ins")
-    for name, source in (("libcuda.so.1", FAKE_DRIVER), ("libnvidia-ml.so.1", FAKE_NVML)):
-        command = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(folder / name)]
-        subprocess.run(command, input=source, text=True, check=True)
+    folder = build_driver(tmp_path_factory.mktemp("stand-ins"))
     (folder / "launch_server.py").write_text(SERVER)
     (folder / "__init__.py").touch()
     for path in (folder, folder.parent, *folder.iterdir()):
