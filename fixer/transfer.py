@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -13,7 +14,7 @@ from fixer.errors import CardError, CompileError, SGLangError, UsageError
 from fixer.flags import ServerFlags
 from fixer.gpu import Card, find_card
 from fixer.install import Installation, Pair, install_pair, render_table
-from fixer.kept import card_of, misfit_of
+from fixer.kept import card_of, misfit_of, remember_fit
 from fixer.kernel import read_kernel_source
 from fixer.ladder import ladder
 from fixer.model import Model
@@ -110,7 +111,9 @@ def install_in(tree: Tree, artefact: Artefact, home: Path) -> Installation:
 
 
 def check_fit(artefact: Artefact, tree: Tree, home: Path) -> str:
-    """Refuse an artefact with tiles that its card cannot run.
+    """Refuse an artefact with tiles that its card cannot run; that they fit is remembered in the data folder.
+
+    What is compiled for that is not kept: an image that is being baked is to have no cache in it.
 
     Returns:
         "", or why that could not be found out here.
@@ -119,11 +122,14 @@ def check_fit(artefact: Artefact, tree: Tree, home: Path) -> str:
         UsageError: it has such tiles.
     """
     try:
-        why = misfit_of(artefact, tree, card_of(artefact.environment), home, home)
+        with tempfile.TemporaryDirectory(prefix="moefix-") as folder:
+            scratch = Path(folder)
+            why = misfit_of(artefact, tree, card_of(artefact.environment), scratch, scratch)
     except CompileError as fault:
         return fault.message
     if why:
         raise UsageError(f"the artefact of {artefact.model} does not fit its card: {why}", "Tune on that card.")
+    remember_fit(home, artefact)
     return ""
 
 

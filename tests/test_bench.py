@@ -61,7 +61,7 @@ def test_rows_against_sglangs_own(machine, capsys, tmp_path):
     (kept,) = (machine.home / "bench").glob("*-kernel-*.json")
     assert kept.read_text() == out
     (state,) = states(machine.home)
-    assert (state.phase.value, state.detail) == ("ended", "the kernels")
+    assert (state.phase.value, state.detail) == ("ended", "")
 
 
 def test_a_faster_side_and_the_table(machine, capsys, monkeypatch):
