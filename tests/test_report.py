@@ -514,6 +514,7 @@ def test_tuning_writes_it(tmp_path, trees, monkeypatch, capsys):
         tree=trees["0.5.17"],
         cards=[(find_card(artefact.environment.card),)],
         model=SimpleNamespace(name="m", revision=None),
+        rows=lambda kind: (1,),
     )
     serve.tune_kind(situation, 0, serve.Wish((1,)), tmp_path, serve.Voice())
     told = capsys.readouterr().err
