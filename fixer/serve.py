@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import os
 import shutil
 import sys
 import tempfile
@@ -38,7 +37,6 @@ def serve(argv: Sequence[str]) -> NoReturn:
         MoefixError: what makes serving pointless (no such model, no card, no SGLang). A failed tuning is a warning,
             and an error only with --moefix-strict.
     """
-    open_closed_streams()
     options, server_flags = split_flags(with_baked_command(argv))
     home = home_or_passing(options, Voice(quiet=options.quiet))
     with posted(new_board(home)) as board:
@@ -66,15 +64,6 @@ def serve_told(server_flags: Sequence[str], options: MoefixOptions, home: Path, 
     board.update(phase=Phase.SERVING, detail="SGLang is starting", files=tuple(files), url=server_url(situation.flags))
     relay = relay_settings(situation, installations, home, board.path, quiet=options.quiet)
     become_server(reachable(server_flags, situation.flags.host), environment.items(), relay)
-
-
-def open_closed_streams() -> None:
-    """Have descriptors 0 to 2 lead nowhere if they are closed: a file opened later would get what goes to them."""
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free
 
 
 @dataclass(frozen=True)
