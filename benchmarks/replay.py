@@ -16,14 +16,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a clean checkout needs no installation
 
-from fixer.errors import MoefixError, UsageError  # noqa: E402
-from fixer.gpu import Card, find_card  # noqa: E402
-from fixer.sglang_tree import PINNED, Tree, find_tree  # noqa: E402
-from fixer.store import data_home  # noqa: E402
-from fixer.tuning.replay import Recording, Regret, ReplayRunner  # noqa: E402
-from fixer.tuning.runner import run_search  # noqa: E402
-from fixer.tuning.search import Limits, Search  # noqa: E402
-from fixer.tuning.seeds import seeds  # noqa: E402
+from fixer.base.errors import MoefixError, UsageError  # noqa: E402
+from fixer.machine.cards import Card, find_card  # noqa: E402
+from fixer.sglang.tree import PINNED, Tree, find_tree  # noqa: E402
+from fixer.artefacts.shelf import data_home  # noqa: E402
+from fixer.tuning.search.replay import Recording, Regret, ReplayRunner  # noqa: E402
+from fixer.tuning.search.runner import run_search  # noqa: E402
+from fixer.tuning.search.search import Limits, Search  # noqa: E402
+from fixer.tuning.search.seeds import seeds  # noqa: E402
 from fixer.workload import NumberFormat, Workload  # noqa: E402
 
 

@@ -21,15 +21,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fixer.gpu import Card, find_card  # noqa: E402
-from fixer.sglang_tree import PINNED, TuningFile, find_tree  # noqa: E402
-from fixer.store import data_home  # noqa: E402
-from fixer.tuning.replay import Recorded, Recording, Regret, ReplayRunner  # noqa: E402
-from fixer.tuning.runner import Look, Request, run_search  # noqa: E402
-from fixer.tuning.search import Search  # noqa: E402
-from fixer.tuning.seeds import seeds  # noqa: E402
-from fixer.tuning.space import AXES  # noqa: E402
-from fixer.tuning.trials import Kernel, Timing  # noqa: E402
+from fixer.machine.cards import Card, find_card  # noqa: E402
+from fixer.sglang.tree import PINNED, TuningFile, find_tree  # noqa: E402
+from fixer.artefacts.shelf import data_home  # noqa: E402
+from fixer.tuning.search.replay import Recorded, Recording, Regret, ReplayRunner  # noqa: E402
+from fixer.tuning.search.runner import Look, Request, run_search  # noqa: E402
+from fixer.tuning.search.search import Search  # noqa: E402
+from fixer.tuning.search.seeds import seeds  # noqa: E402
+from fixer.kernel.space import AXES  # noqa: E402
+from fixer.tuning.search.trials import Kernel, Timing  # noqa: E402
 from fixer.workload import NumberFormat, Projection, Tile, Workload  # noqa: E402
 
 LANDSCAPE = ROOT / "benchmarks/recordings/qwen3-30b-a3b-fp8-channel.h100.csv.gz"

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 
-from fixer.errors import StoreError
-from fixer.install import Pair, render_table
-from fixer.sglang_tree import BEFORE_MOEFIX, Tree
-from fixer.store import make_folder, write_together
+from fixer.base.errors import StoreError
+from fixer.artefacts.install import Pair, render_table
+from fixer.sglang.tree import BEFORE_MOEFIX, Tree
+from fixer.artefacts.shelf import make_folder, write_together
 
 
 class Side(Enum):

@@ -14,18 +14,18 @@ from pathlib import Path
 from fixer import __version__
 from fixer.bench_results import BenchEnvironment, BenchResult, Kind
 from fixer.bench_verdict import judged_row, overall_rows
-from fixer.errors import MoefixError, SGLangError, StoreError, TuneError
-from fixer.gpu import Card, visible_cards
-from fixer.install import Pair
-from fixer.launch import MoefixOptions
-from fixer.progress import Progress
-from fixer.serve import Voice, artefact_for, importable_package
+from fixer.base.errors import MoefixError, SGLangError, StoreError, TuneError
+from fixer.machine.cards import Card, visible_cards
+from fixer.artefacts.install import Pair
+from fixer.serve.launch import MoefixOptions
+from fixer.base.progress import Progress
+from fixer.serve.serve import Voice, artefact_for, importable_package
 from fixer.sglang_server import OUT_OF_SHARED_MEMORY
-from fixer.sglang_tree import OwnChoice, own_choices
-from fixer.situation import TUNABLE, Situation, look_around
-from fixer.store import Artefact, Lock, artefact_path, utc_now
-from fixer.tuning.finals import Duel, DuelRequest, TilePair
-from fixer.tuning.process import ChildProcess, Factory, Fate
+from fixer.sglang.tree import OwnChoice, own_choices
+from fixer.serve.situation import Situation, TUNABLE, look_around
+from fixer.artefacts.shelf import Artefact, Lock, artefact_path, utc_now
+from fixer.tuning.duel import Duel, DuelRequest, TilePair
+from fixer.machine.worker import ChildProcess, Factory, Fate
 from fixer.workload import Tile, Workload
 
 DEFAULT_ROUNDS = 3
@@ -113,7 +113,7 @@ class Subject:
 
     def lock(self, progress: Progress) -> Lock:
         """The card for this process alone, among all that tune or measure on this data folder."""
-        from fixer.tune import turn
+        from fixer.tuning.session import turn
 
         return turn(self.home, self.card, progress)
 
@@ -217,8 +217,8 @@ DUEL_SECONDS = 120.0
 
 
 def _layer(subject: Subject) -> Factory:
-    from fixer.tune import build_layer
-    from fixer.tuning.warm import server_triton_cache
+    from fixer.tuning.session import build_layer
+    from fixer.tuning.precompile import server_triton_cache
 
     package = importable_package(subject.situation)
     if package is None:

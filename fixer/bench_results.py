@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from enum import Enum
 from pathlib import Path
 
-from fixer.store import Reader, check_file_name, parse_object, read_or_set_aside, write_atomically
+from fixer.artefacts.shelf import Reader, check_file_name, parse_object, read_or_set_aside, write_atomically
 
 SCHEMA = 1
 

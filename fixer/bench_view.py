@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fixer.bench_results import Arm, BenchResult, KernelRow, Kind, Latency, ServeLoad, Verdict, headline
-from fixer.plan_view import plain_or_terminal
+from fixer.plan.view import plain_or_terminal
 
 _STYLES = {Verdict.FASTER: "green", Verdict.SLOWER: "red", Verdict.CURED: "green", Verdict.NEUTRAL: ""}
 

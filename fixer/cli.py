@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 import fixer
-from fixer.errors import CardError, MoefixError, UsageError
-from fixer.signals import ENDING
+from fixer.base.errors import CardError, MoefixError, UsageError
+from fixer.machine.signals import ENDING
 
 if TYPE_CHECKING:
-    from fixer.gpu import Card
-    from fixer.plan import Plan
-    from fixer.sglang_tree import Tree
+    from fixer.machine.cards import Card
+    from fixer.plan.make_plan import Plan
+    from fixer.sglang.tree import Tree
 
 DEFAULT_COMMAND = "serve"
 """Runs where the first word is an option: `moefix --model X [any SGLang flag]`."""
@@ -238,7 +238,7 @@ def _cards(names: tuple[str, ...], limit: int | None) -> list[Card]:
     Raises:
         CardError: no such card is known, or none is named and none is visible.
     """
-    from fixer.gpu import find_card, kinds, visible_cards, with_shared_memory_limit
+    from fixer.machine.cards import find_card, kinds, visible_cards, with_shared_memory_limit
 
     cards = [find_card(name) for name in names] or list(visible_cards())
     if not cards:
@@ -255,8 +255,8 @@ def _data_folder(chosen: str | None) -> Iterator[Path]:
     Raises:
         StoreError: the folder that the user chose cannot be written.
     """
-    from fixer.errors import StoreError
-    from fixer.store import data_home
+    from fixer.base.errors import StoreError
+    from fixer.artefacts.shelf import data_home
 
     try:
         home = data_home(Path(chosen) if chosen else None)
@@ -305,16 +305,16 @@ def interruptible(at_most: float | None = 1.7) -> Iterator[None]:
 
 
 def _tree(root: str | None, version: str | None, data: Path) -> Tree:
-    from fixer.sglang_tree import find_tree
+    from fixer.sglang.tree import find_tree
 
     return find_tree(root, version, data / "cache")
 
 
 def _plans(argv: Sequence[str], cards: list[Card], tree: Tree, data: Path, lookup_only: bool) -> list[Plan]:
-    from fixer.compiled import CompileCache
-    from fixer.flags import parse_flags
-    from fixer.model import load_model
-    from fixer.plan import compiler_for, make_plan
+    from fixer.kernel.cache import CompileCache
+    from fixer.sglang.flags import parse_flags
+    from fixer.model.config import load_model
+    from fixer.plan.make_plan import compiler_for, make_plan
 
     flags = parse_flags(argv)
     model = load_model("", flags)
@@ -334,7 +334,7 @@ def _print(plans: list[Plan], as_json: bool) -> None:
         objects = [plan.to_json() for plan in plans]
         click.echo(json.dumps(objects[0] if len(objects) == 1 else objects, indent=2))
         return
-    from fixer.plan_view import print_plan
+    from fixer.plan.view import print_plan
 
     for number, one in enumerate(plans):
         if number:
@@ -343,7 +343,7 @@ def _print(plans: list[Plan], as_json: bool) -> None:
 
 
 def _write(plans: list[Plan], folder: Path, quiet: bool) -> None:
-    from fixer.plan import write_plan
+    from fixer.plan.make_plan import write_plan
 
     for one in plans:
         for path in write_plan(one, folder):
@@ -381,8 +381,8 @@ def tune(
 
     All other options are SGLang's own: give those that the server will get (--tp, --quantization, ...).
     """
-    from fixer.launch import MoefixOptions
-    from fixer.serve import tune_only
+    from fixer.serve.launch import MoefixOptions
+    from fixer.serve.serve import tune_only
 
     named = () if model is None else (f"--model-path={model}",)
     options = MoefixOptions(
@@ -404,7 +404,7 @@ def serve_command(*, arguments: tuple[str, ...]) -> None:
     --moefix-dry-run, --moefix-ask, --moefix-smem-limit BYTES, --moefix-home DIR, --moefix-sglang-root DIR, each also as
     a variable (MOEFIX_HOME ...).
     """
-    from fixer.serve import serve
+    from fixer.serve.serve import serve
 
     with interruptible():
         serve(arguments)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import httpx
 
 from fixer.bench_results import Load
-from fixer.errors import SGLangError
+from fixer.base.errors import SGLangError
 
 REQUEST_SECONDS = 300.0
 """A request that takes longer has failed."""

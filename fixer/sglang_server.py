@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fixer.bench_results import Load
-from fixer.errors import MoefixError
-from fixer.flags import plain_flags
+from fixer.base.errors import MoefixError
+from fixer.sglang.flags import plain_flags
 from fixer.load import Pass
-from fixer.model import read_json
-from fixer.sglang_log import read_line
+from fixer.model.config import read_json
+from fixer.sglang.log_lines import read_line
 
 HEALTH, FLUSH_CACHE, SERVER_INFO = "/health", "/flush_cache", "/server_info"
 

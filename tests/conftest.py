@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from lookup_cases import CASES
 
-from fixer.sglang_tree import RELEASES, Tree, fetched_tree
+from fixer.sglang.tree import RELEASES, Tree, fetched_tree
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -7,8 +7,8 @@ import os
 import signal
 from zlib import crc32
 
-from fixer.errors import TuneError
-from fixer.tuning.finals import Duel, DuelRequest, TilePair, Via
+from fixer.base.errors import TuneError
+from fixer.tuning.duel import Duel, DuelRequest, TilePair, Via
 
 LOG, FAULTS = "FAKE_LAYER_LOG", "FAKE_LAYER_FAULTS"
 """Environment variables: where each request is written; JSON: M to a fault.

@@ -15,10 +15,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from zlib import crc32
 
-from fixer.tuning.finals import Duel, DuelRequest, KernelDuel, Via
-from fixer.tuning.measure import LOOK_REPLAYS, LookAt
-from fixer.tuning.runner import Look
-from fixer.tuning.trials import Build, Kernel, Outcome, Timing
+from fixer.tuning.duel import Duel, DuelRequest, KernelDuel, Via
+from fixer.tuning.measure.requests import LOOK_REPLAYS, LookAt
+from fixer.tuning.search.runner import Look
+from fixer.tuning.search.trials import Build, Kernel, Outcome, Timing
 from fixer.workload import Projection, Tile
 
 LOG, FAULTS, PAUSE = "FAKE_LOG", "FAKE_FAULTS", "FAKE_PAUSE"
@@ -258,9 +258,9 @@ TUNE_ROWS = (1, 16, 128)
 
 def small_job(package: Path, home: Path, *, cards: int = 1, **options):
     """A job of few rows for a small layer on a card that is not there."""
-    from fixer.gpu import Card
-    from fixer.sglang_tree import Tree
-    from fixer.tune import Job
+    from fixer.machine.cards import Card
+    from fixer.sglang.tree import Tree
+    from fixer.tuning.session import Job
     from fixer.workload import Workload
 
     tree = Tree(Path(package), "0.5.17", "3.6.0")
@@ -275,24 +275,24 @@ def tune_small(job, progress=None, kernels: int = 24, factory=measure):
     from functools import partial
     from unittest import mock
 
-    import fixer.tune
-    from fixer.progress import Silent
-    from fixer.tuning import card_runner
-    from fixer.tuning.search import Limits, Search
+    import fixer.tuning.session
+    from fixer.base.progress import Silent
+    from fixer.tuning.measure import card_runner
+    from fixer.tuning.search.search import Limits, Search
 
     limits = Limits(seeds=8, round_size=8, kernels=kernels)
     with (
         mock.patch.object(card_runner, "CardRunner", partial(card_runner.CardRunner, factory=factory)),
-        mock.patch.object(fixer.tune, "Search", partial(Search, limits=limits)),
+        mock.patch.object(fixer.tuning.session, "Search", partial(Search, limits=limits)),
     ):
         progress = progress or Silent()
-        with fixer.tune.turn(job.home, job.card, progress):
-            return fixer.tune.tune(job, progress)
+        with fixer.tuning.session.turn(job.home, job.card, progress):
+            return fixer.tuning.session.tune(job, progress)
 
 
 def tune_in_child(package: str, home: str) -> None:
     """For a process of its own: tune, and print what came of it as JSON."""
-    from fixer.progress import PlainLines
+    from fixer.base.progress import PlainLines
 
     tuned = tune_small(small_job(Path(package), Path(home)), PlainLines())
     print(json.dumps({"rows": choices(tuned.artefact), "resumed": tuned.resumed, "looks": len(tuned.looks)}))
@@ -323,7 +323,7 @@ class InstantPool:
         self._waiting += candidates
 
     def poll(self, timeout: float = 0.0) -> list:
-        from fixer.kernel import Compiled, CompileOutcome
+        from fixer.kernel.compile import CompileOutcome, Compiled
 
         some, self._waiting = self._waiting[:4], self._waiting[4:]
         return [(candidate, Compiled(CompileOutcome.OK, 4096, 0.5)) for candidate in some]
@@ -340,12 +340,12 @@ def stand_in() -> None:
     """Have this process measure on a card that is not there, and search little."""
     from functools import partial
 
-    import fixer.tune
-    from fixer.tuning import card_runner
-    from fixer.tuning.search import Limits, Search
+    import fixer.tuning.session
+    from fixer.tuning.measure import card_runner
+    from fixer.tuning.search.search import Limits, Search
 
     card_runner.CardRunner = partial(card_runner.CardRunner, factory=measure)
-    fixer.tune.Search = partial(Search, limits=Limits(seeds=8, round_size=8, kernels=24))
+    fixer.tuning.session.Search = partial(Search, limits=Limits(seeds=8, round_size=8, kernels=24))
     if os.environ.get(INSTANT):
         card_runner.CompilePool = InstantPool
     if os.environ.get(BROKEN):
@@ -353,4 +353,4 @@ def stand_in() -> None:
         def broken(*_: object):
             raise RuntimeError(os.environ[BROKEN])
 
-        fixer.tune.tune = broken
+        fixer.tuning.session.tune = broken

@@ -7,23 +7,11 @@ from pathlib import Path
 
 import fakes
 
-from fixer.bench_results import (
-    Arm,
-    Arms,
-    BenchEnvironment,
-    BenchResult,
-    Kind,
-    Latency,
-    Load,
-    ServeLoad,
-    Verdict,
-    result_path,
-    save_result,
-)
-from fixer.store import Artefact, Decision, RowChoice, save_artefact
+from fixer.bench_results import Arm, Arms, BenchEnvironment, BenchResult, Kind, Latency, Load, ServeLoad, Verdict, result_path, save_result
+from fixer.artefacts.shelf import Artefact, Decision, RowChoice, save_artefact
 from fixer.tuning.journal import Journal, RunKey
-from fixer.tuning.runner import Look
-from fixer.tuning.trials import Build, Kernel, Outcome, Timing
+from fixer.tuning.search.runner import Look
+from fixer.tuning.search.trials import Build, Kernel, Outcome, Timing
 from fixer.workload import Projection, Tile
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "h200"

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from fixer.ask import asking_flags, few_layers, layers_to_experts
-from fixer.flags import parse_flags
-from fixer.model import model_from_config
+from fixer.serve.asking.ask import asking_flags, few_layers, layers_to_experts
+from fixer.sglang.flags import parse_flags
+from fixer.model.config import model_from_config
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ import pytest
 from artefacts import H100, RTX_4090, artefact_of
 from test_serve import compiled, driver, installed, machine  # noqa: F401 (fixtures)
 
-from fixer.baked import COMMAND_FILE, find_kept, is_baked, with_baked_command
-from fixer.errors import StoreError, UsageError
-from fixer.install import Pair
-from fixer.sglang_tree import tree_at
-from fixer.store import save_artefact
-from fixer.tune import environment_of
+from fixer.artefacts.baked import COMMAND_FILE, find_kept, is_baked, with_baked_command
+from fixer.base.errors import StoreError, UsageError
+from fixer.artefacts.install import Pair
+from fixer.sglang.tree import tree_at
+from fixer.artefacts.shelf import save_artefact
+from fixer.tuning.session import environment_of
 
 # --- the command -----------------------------------------------------------------------------------------------------
 

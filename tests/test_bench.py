@@ -9,13 +9,13 @@ from pathlib import Path
 import fake_layer
 import fakes
 import pytest
-from test_serve import H100, LARGE, SMALL, Machine, compiled, driver  # noqa: F401 (fixtures)
+from test_serve import H100, LARGE, Machine, SMALL, compiled, driver  # noqa: F401 (fixtures)
 
 import fixer.bench
-import fixer.situation
+import fixer.serve.situation
 from fixer.bench_results import BenchResult, Kind, Verdict
 from fixer.cli import main
-from fixer.status import states
+from fixer.base.status_board import states
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def machine(tmp_path, trees, driver, models, compiled, monkeypatch):  # noqa: F8
     monkeypatch.setenv(fake_layer.LOG, str(made.log))
     monkeypatch.setenv("MOEFIX_HOME", str(made.home))
     monkeypatch.delenv("SGLANG_MOE_CONFIG_DIR", raising=False)
-    monkeypatch.setattr(fixer.situation, "visible_cards", lambda: (H100,))
+    monkeypatch.setattr(fixer.serve.situation, "visible_cards", lambda: (H100,))
     monkeypatch.setattr(fixer.bench, "visible_cards", lambda: (H100,))
     monkeypatch.setattr(fixer.bench, "_layer", lambda subject: partial(fake_layer.layer, LARGE.block_m))
     return made
@@ -86,7 +86,7 @@ def slower_own(factor: float):
             )
             for pair in (request.own, request.tuned)
         ]
-        from fixer.tuning.finals import Duel, Via
+        from fixer.tuning.duel import Duel, Via
 
         return Duel(request.tokens, Via.LAYER, *fakes_duel)
 
@@ -161,7 +161,7 @@ def test_a_dense_model_has_nothing_to_compare(machine, capsys):
 def test_a_tree_that_is_only_read_has_no_layer(tmp_path, trees, driver, models, compiled, monkeypatch, capsys):  # noqa: F811
     machine = Machine(tmp_path, trees["0.5.17"].package, driver, models, compiled)
     monkeypatch.setenv("MOEFIX_HOME", str(machine.home))
-    monkeypatch.setattr(fixer.situation, "visible_cards", lambda: (H100,))
+    monkeypatch.setattr(fixer.serve.situation, "visible_cards", lambda: (H100,))
     monkeypatch.setattr(fixer.bench, "visible_cards", lambda: (H100,))
     machine.artefact()
     Path(machine.package, "launch_server.py").unlink()

@@ -10,15 +10,15 @@ from pathlib import Path
 import fakes
 import pytest
 
-from fixer.compile_pool import FixedDeadline
-from fixer.errors import CardError, TuneError
-from fixer.kernel import Candidate, Target, read_kernel_source
-from fixer.tuning import card_runner
-from fixer.tuning.card_runner import CardRunner  # the real PyTorch is in this process before the children's stand-in
-from fixer.tuning.finals import DuelRequest, TilePair
-from fixer.tuning.measure import LOOK_REPLAYS
-from fixer.tuning.runner import Request
-from fixer.tuning.trials import Outcome
+from fixer.kernel.pool import FixedDeadline
+from fixer.base.errors import CardError, TuneError
+from fixer.kernel.compile import Candidate, Target, read_kernel_source
+from fixer.tuning.measure import card_runner
+from fixer.tuning.measure.card_runner import CardRunner
+from fixer.tuning.duel import DuelRequest, TilePair
+from fixer.tuning.measure.requests import LOOK_REPLAYS
+from fixer.tuning.search.runner import Request
+from fixer.tuning.search.trials import Outcome
 from fixer.workload import Projection, Tile, Workload
 
 LAYER = Workload(8, 64, 128, 2)

@@ -12,15 +12,15 @@ from pathlib import Path
 import fakes
 import pytest
 
-from fixer.child_server import end_group, start_child
-from fixer.errors import SGLangError
+from fixer.machine.processes import end_group, start_child
+from fixer.base.errors import SGLangError
 
 MARK = "MOEFIX_TEST_CHILD"
 
 
 def test_the_child_dies_with_a_killed_parent(tmp_path):
     program = (
-        "import os, sys, time\nfrom fixer.child_server import start_child\n"
+        "import os, sys, time\nfrom fixer.machine.processes import start_child\n"
         "start_child(['sleep', '600'], os.environ, sys.stderr)\ntime.sleep(600)"
     )
     root = str(Path(__file__).resolve().parents[1])

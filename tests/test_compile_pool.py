@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from fixer.compile_pool import AdaptiveDeadline, CompilePool, FixedDeadline, compile_all, usable_cores
-from fixer.errors import SGLangError
-from fixer.kernel import Candidate, CompileOutcome, KernelSource, Target, read_kernel_source
+from fixer.kernel.pool import AdaptiveDeadline, CompilePool, FixedDeadline, compile_all, usable_cores
+from fixer.base.errors import SGLangError
+from fixer.kernel.compile import Candidate, CompileOutcome, KernelSource, Target, read_kernel_source
 from fixer.workload import NumberFormat, Projection, Tile, Workload
 
 BF16 = Workload(8, 64, 128, 2)
@@ -168,7 +168,7 @@ def test_closing_in_the_middle_leaves_no_process(target, tmp_path):
 OWNER = """
 import sys, time
 from pathlib import Path
-from fixer.compile_pool import CompilePool
+from fixer.kernel.pool import CompilePool
 from fixer.kernel import Candidate, Target, read_kernel_source
 from fixer.workload import Projection, Tile, Workload
 

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import fixer.compiled
-from fixer.compiled import FILE_NAME, CompileCache, candidate_key, compile_with_cache, is_lasting
-from fixer.errors import CompileError
-from fixer.kernel import Candidate, Compiled, CompileOutcome, KernelSource, Target, read_kernel_source
-from fixer.sglang_tree import Tree
+import fixer.kernel.cache
+from fixer.kernel.cache import CompileCache, FILE_NAME, candidate_key, compile_with_cache, is_lasting
+from fixer.base.errors import CompileError
+from fixer.kernel.compile import Candidate, CompileOutcome, Compiled, KernelSource, Target, read_kernel_source
+from fixer.sglang.tree import Tree
 from fixer.workload import NumberFormat, Projection, Tile, Workload
 
 WORKLOAD = Workload(128, 768, 2048, 8, NumberFormat.FP8_W8A8, per_channel_quant=True)
@@ -60,7 +60,7 @@ class Pool:
 @pytest.fixture
 def pool(monkeypatch: pytest.MonkeyPatch) -> type[Pool]:
     Pool.compiled, Pool.outcome = [], OK
-    monkeypatch.setattr(fixer.compiled, "CompilePool", Pool)
+    monkeypatch.setattr(fixer.kernel.cache, "CompilePool", Pool)
     return Pool
 
 
@@ -95,9 +95,9 @@ def test_kernel_architecture_triton_and_arguments_are_in_the_key(
     key = candidate_key(target, CANDIDATE)
     newer = dataclasses.replace(target, source=dataclasses.replace(target.source, sha256="b" * 64))
     keys = {key, candidate_key(newer, CANDIDATE), candidate_key(dataclasses.replace(target, arch=90), CANDIDATE)}
-    monkeypatch.setattr(fixer.compiled, "triton_version", lambda: "9.9.9")
+    monkeypatch.setattr(fixer.kernel.cache, "triton_version", lambda: "9.9.9")
     keys.add(candidate_key(target, CANDIDATE))
-    monkeypatch.setattr(fixer.compiled, "_arguments_hash", lambda: "other")
+    monkeypatch.setattr(fixer.kernel.cache, "_arguments_hash", lambda: "other")
     keys.add(candidate_key(target, CANDIDATE))
     assert len(keys) == 5
 
@@ -181,7 +181,7 @@ def test_a_file_that_cannot_be_written_is_still_read(target: Target, tmp_path: P
 def test_a_locked_file_is_not_waited_for_long(
     target: Target, tmp_path: Path, pool: type[Pool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fixer.compiled, "_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(fixer.kernel.cache, "_PATIENCE_SECONDS", 0.05)
     with CompileCache(tmp_path) as cache:
         cache.keep(target, {CANDIDATE: OK})
     holder = sqlite3.connect(tmp_path / FILE_NAME, isolation_level=None)
@@ -235,18 +235,18 @@ values = st.one_of(st.none(), st.integers(-(2**40), 2**40), st.floats(), st.text
 @settings(max_examples=60, deadline=None)
 @given(row=st.tuples(values, values, values, values))
 def test_a_row_of_other_types_is_not_used(row: tuple[Any, ...]) -> None:
-    result = fixer.compiled._compiled(row)
+    result = fixer.kernel.cache._compiled(row)
     assert result is None or (result.outcome in (CompileOutcome.OK, CompileOutcome.FAILED) and result.shared_bytes >= 0)
 
 
 def test_without_triton_it_is_said(target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fixer.compiled, "_TRITON_PACKAGES", ("no-such-package",))
-    fixer.compiled.triton_version.cache_clear()
+    monkeypatch.setattr(fixer.kernel.cache, "_TRITON_PACKAGES", ("no-such-package",))
+    fixer.kernel.cache.triton_version.cache_clear()
     try:
         with CompileCache(tmp_path) as cache, pytest.raises(CompileError, match="not installed"):
             compile_with_cache(target, [CANDIDATE], cache, tmp_path)
     finally:
-        fixer.compiled.triton_version.cache_clear()
+        fixer.kernel.cache.triton_version.cache_clear()
 
 
 def test_real_kernels_are_compiled_once(trees: dict[str, Tree], tmp_path: Path) -> None:

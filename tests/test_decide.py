@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fixer.decide import TRITON, Decision, Outcome, decide
-from fixer.errors import MoefixError, UsageError
-from fixer.flags import parse_flags
-from fixer.gpu import Card
-from fixer.model import load_model, model_from_config
+from fixer.model.rules.decide import Decision, Outcome, TRITON, decide
+from fixer.base.errors import MoefixError, UsageError
+from fixer.sglang.flags import parse_flags
+from fixer.machine.cards import Card
+from fixer.model.config import load_model, model_from_config
 from fixer.workload import NumberFormat, Workload
 
 CASES = json.loads((Path(__file__).parent / "data" / "lookup-cases.json").read_text())

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from fixer.docker_engine import ContainerRun, Engine, _cut, _error, _Lines
-from fixer.errors import DockerError
-from fixer.progress import Silent
+from fixer.image.docker_engine import ContainerRun, Engine, _Lines, _cut, _error
+from fixer.base.errors import DockerError
+from fixer.base.progress import Silent
 
 ROOT = Path(__file__).resolve().parents[1]
 

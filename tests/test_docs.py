@@ -10,8 +10,10 @@ from pathlib import Path
 import click
 import pytest
 
-from fixer import cli, errors, launch
-from fixer.sglang_tree import PINNED, RELEASES
+from fixer import cli
+from fixer.base import errors
+from fixer.serve import launch
+from fixer.sglang.tree import PINNED, RELEASES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("**/*.md")])

@@ -19,12 +19,12 @@ import pytest
 from fake_driver import build_driver
 
 import fixer
-from fixer import doctor
+from fixer.doctor import checks as doctor
 from fixer.commands.doctor import lines_of
-from fixer.doctor import Check, Finding, Patient, State, examine, told_address, worst
-from fixer.errors import CardError, told
-from fixer.gpu import Card
-from fixer.sglang_tree import PINNED, RELEASES, Tree
+from fixer.doctor.checks import Check, Finding, Patient, State, examine, told_address, worst
+from fixer.base.errors import CardError, told
+from fixer.machine.cards import Card
+from fixer.sglang.tree import PINNED, RELEASES, Tree
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "hf_this_is_a_secret_0123456789"

@@ -17,16 +17,16 @@ from hub import COMMIT, Site
 from test_fetch import FILES, MIB, SHARDS, TOKEN, TOTAL, WANTED
 from test_serve import Machine, Result, compiled, driver, installed  # noqa: F401 (fixtures)
 
-import fixer.progress
-from fixer.download import Download, Nothing, cached, downloading, is_recorded, wanted
-from fixer.errors import HubError, MoefixError, TuneError
-from fixer.fetch import Request
-from fixer.flags import ServerFlags, parse_flags
-from fixer.hub import repository_folder, snapshot_folder
-from fixer.model import Model, Source
-from fixer.signals import ALARM
-from fixer.status import Phase, Share, new_board
-from fixer.weights import Presence
+import fixer.base.progress
+from fixer.model.download.download import Download, Nothing, cached, downloading, is_recorded, wanted
+from fixer.base.errors import HubError, MoefixError, TuneError
+from fixer.model.download.process import Request
+from fixer.sglang.flags import ServerFlags, parse_flags
+from fixer.model.hub import repository_folder, snapshot_folder
+from fixer.model.config import Model, Source
+from fixer.machine.signals import ALARM
+from fixer.base.status_board import Phase, Share, new_board
+from fixer.model.download.weights import Presence
 
 NAME = ("--model", "owner/name")
 
@@ -149,7 +149,7 @@ def test_offline(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, r
 def test_it_goes_on_beside_the_body(
     site: Site, endpoint: str, cache: Path, tmp_path: Path, say: Said, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    monkeypatch.setattr(fixer.progress, "PLAIN_INTERVAL", 0.5)
+    monkeypatch.setattr(fixer.base.progress, "PLAIN_INTERVAL", 0.5)
     site.rate = 6 * MIB
     home, handler = tmp_path / "home", signal.getsignal(ALARM)
     board = new_board(home)

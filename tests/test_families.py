@@ -6,17 +6,8 @@ from typing import Any
 
 import pytest
 
-from fixer.errors import ModelError
-from fixer.families import (
-    FAMILIES,
-    KNOWN_RELEASES,
-    UNKNOWN_FAMILY,
-    at_least,
-    expert_layer,
-    family_of,
-    release_key,
-    rules_for,
-)
+from fixer.base.errors import ModelError
+from fixer.model.rules.families import FAMILIES, KNOWN_RELEASES, UNKNOWN_FAMILY, at_least, expert_layer, family_of, release_key, rules_for
 
 CONFIGS: dict[str, tuple[dict[str, Any], tuple[int, int, int, int, int]]] = {
     "Qwen3MoeForCausalLM": (

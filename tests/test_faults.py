@@ -18,14 +18,14 @@ from pathlib import Path
 
 import fakes
 import pytest
-from test_serve import FOLDER, H100, LARGE, SMALL, Machine, compiled, driver, installed, no_write_as_root  # noqa: F401
+from test_serve import FOLDER, H100, LARGE, Machine, SMALL, compiled, driver, installed, no_write_as_root  # noqa: F401
 
-from fixer.errors import CompileError
-from fixer.install import render_table
-from fixer.kernel import Compiled, CompileOutcome
-from fixer.store import Artefact, artefact_path, save_artefact
+from fixer.base.errors import CompileError
+from fixer.artefacts.install import render_table
+from fixer.kernel.compile import CompileOutcome, Compiled
+from fixer.artefacts.shelf import Artefact, artefact_path, save_artefact
 from fixer.tuning.journal import _COLUMNS
-from fixer.vet import misfit
+from fixer.artefacts.check_files import misfit
 from fixer.workload import Tile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -666,7 +666,7 @@ NO_TRITON = """
 import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("triton", "fixer.compile_pool", "fixer.vet"):
+        if name.split(".")[0] in ("triton", "fixer.kernel.pool", "fixer.artefacts.check_files"):
             raise ImportError(name)
 sys.meta_path.insert(0, Refuse())
 """

@@ -18,8 +18,8 @@ import fakes
 import pytest
 from hub import COMMIT, Site, noise, serve
 
-from fixer.fetch import Bytes, Done, Failed, Plan, Request, Trouble, from_line, to_line
-from fixer.hub import commit_in_cache, repository_folder, snapshot_folder
+from fixer.model.download.process import Bytes, Done, Failed, Plan, Request, Trouble, from_line, to_line
+from fixer.model.hub import commit_in_cache, repository_folder, snapshot_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "hf_fakefakefakefake"
@@ -45,14 +45,14 @@ import sys, time, types
 import huggingface_hub.utils._http as http
 import huggingface_hub.file_download as file_download
 from huggingface_hub import constants
-import fixer.fetch
+import fixer.model.download.process
 constants.DOWNLOAD_CHUNK_SIZE = 1 << 20
 quick = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
 http.time = file_download.time = quick
-fixer.fetch.PAUSES = (0.1, 0.1)
-fixer.fetch.QUIET_SECONDS = 1.0
-fixer.fetch.TELL_INTERVAL = 0.05
-fixer.fetch.main()
+fixer.model.download.process.PAUSES = (0.1, 0.1)
+fixer.model.download.process.QUIET_SECONDS = 1.0
+fixer.model.download.process.TELL_INTERVAL = 0.05
+fixer.model.download.process.main()
 """
 
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fixer.errors import TuneError
-from fixer.store import Decision
-from fixer.tune import row_choice
-from fixer.tuning.finals import LEAST_GAIN, Duel, DuelRequest, KernelDuel, TilePair, Via, rounds_for
+from fixer.base.errors import TuneError
+from fixer.artefacts.shelf import Decision
+from fixer.tuning.session import row_choice
+from fixer.tuning.duel import Duel, DuelRequest, KernelDuel, LEAST_GAIN, TilePair, Via, rounds_for
 from fixer.workload import Tile
 
 TUNED = TilePair(Tile(16, 64, 128, 1, 4, 4), Tile(16, 128, 128, 1, 4, 4))

@@ -21,31 +21,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lookup_cases import CASES
 
-from fixer.compiled import CompileCache
-from fixer.decide import decide
-from fixer.errors import MoefixError, StoreError
-from fixer.flags import parse_flags
-from fixer.gpu import find_card, known_cards
-from fixer.install import parse_table, read_pair, render_table
-from fixer.kernel import Candidate, Compiled, CompileOutcome, KernelSource, Target
-from fixer.ladder import ladder
-from fixer.model import load_model
-from fixer.status import Phase, Share, Status, states
-from fixer.store import (
-    Artefact,
-    Damaged,
-    Decision,
-    Environment,
-    RowChoice,
-    check_file_name,
-    find_artefact,
-    parse_json,
-    safe_name,
-    save_artefact,
-)
+from fixer.kernel.cache import CompileCache
+from fixer.model.rules.decide import decide
+from fixer.base.errors import MoefixError, StoreError
+from fixer.sglang.flags import parse_flags
+from fixer.machine.cards import find_card, known_cards
+from fixer.artefacts.install import parse_table, read_pair, render_table
+from fixer.kernel.compile import Candidate, CompileOutcome, Compiled, KernelSource, Target
+from fixer.model.rules.ladder import ladder
+from fixer.model.config import load_model
+from fixer.base.status_board import Phase, Share, Status, states
+from fixer.artefacts.shelf import Artefact, Damaged, Decision, Environment, RowChoice, check_file_name, find_artefact, parse_json, safe_name, save_artefact
 from fixer.tuning.journal import Journal, RunKey
-from fixer.tuning.runner import Look
-from fixer.tuning.trials import Build, Kernel, Outcome, Timing
+from fixer.tuning.search.runner import Look
+from fixer.tuning.search.trials import Build, Kernel, Outcome, Timing
 from fixer.workload import NumberFormat, Projection, Tile, Workload
 
 SEED = 20261124
@@ -289,7 +278,7 @@ def test_names_of_models(monkeypatch, fenced, tmp_path):
 
 def with_checksum(body: object) -> bytes:
     """The mutated content under a checksum that is right: what only the reader's own checks can refuse."""
-    from fixer.store import _checksum
+    from fixer.artefacts.shelf import _checksum
 
     if isinstance(body, dict):
         body.pop("checksum", None)

@@ -11,16 +11,16 @@ from fake_driver import build_driver
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fixer import gpu
-from fixer.errors import CardError, UsageError
-from fixer.gpu import Card, find_card, kinds, known_cards, visible_cards, with_shared_memory_limit
+from fixer.machine import cards as gpu
+from fixer.base.errors import CardError, UsageError
+from fixer.machine.cards import Card, find_card, kinds, known_cards, visible_cards, with_shared_memory_limit
 
 ROOT = Path(__file__).resolve().parents[1]
 
 CHILD = """
 import dataclasses, json, sys, time
-from fixer.errors import CardError
-from fixer.gpu import visible_cards
+from fixer.base.errors import CardError
+from fixer.machine.cards import visible_cards
 began = time.monotonic()
 try:
     cards = [dataclasses.asdict(card) for card in visible_cards()]
@@ -280,7 +280,7 @@ def test_a_name_with_another_memory_is_another_card(text):
 
 OCCUPANCY = """
 import dataclasses, json
-from fixer.gpu import occupancy, visible_cards
+from fixer.machine.cards import occupancy, visible_cards
 for card in visible_cards():
     found = occupancy(card)
     print(json.dumps({**dataclasses.asdict(found), "busy": found.is_busy, "by": found.held_by()}))

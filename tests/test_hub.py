@@ -6,8 +6,8 @@ import httpx
 import pytest
 from huggingface_hub import errors
 
-from fixer.errors import HubError
-from fixer.hub import UnreachableError, commit_in_cache, commit_of, is_commit, is_hub_id, refusal, uses_modelscope
+from fixer.base.errors import HubError
+from fixer.model.hub import UnreachableError, commit_in_cache, commit_of, is_commit, is_hub_id, refusal, uses_modelscope
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

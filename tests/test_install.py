@@ -17,9 +17,9 @@ from fakes import eventually
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fixer import install, store
-from fixer.install import Pair, install_pair, installed, parse_table, read_pair, render_table
-from fixer.store import check_tile
+from fixer.artefacts import install, shelf as store
+from fixer.artefacts.install import Pair, install_pair, installed, parse_table, read_pair, render_table
+from fixer.artefacts.shelf import check_tile
 from fixer.workload import Tile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,8 +156,8 @@ INSTALL = """
 import os, pathlib, sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 from test_install import PAIR
-from fixer.install import install_pair
-from fixer.errors import StoreError
+from fixer.artefacts.install import install_pair
+from fixer.base.errors import StoreError
 if os.geteuid() == 0:
     # Only now: Python itself may be closed to other users.
     os.setgroups([])

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from fixer.sglang_tree import RELEASES
+from fixer.sglang.tree import RELEASES
 
 FORMATS = (
     "fp16",
@@ -54,9 +54,9 @@ import torch
 import triton.language as tl
 
 from fixer.kernel import Target, kernel_function, read_kernel_source
-from fixer.kernel_arguments import LaunchContext, Product, Role, launch_arguments, padded_tokens
-from fixer.tuning.routing import Routing
-from fixer.tuning.tensors import align, choose_experts, make_layer, reference, relative_error
+from fixer.kernel.arguments import LaunchContext, Product, Role, launch_arguments, padded_tokens
+from fixer.tuning.measure.routing import Routing
+from fixer.tuning.measure.tensors import align, choose_experts, make_layer, reference, relative_error
 from fixer.workload import NumberFormat, Projection, Tile, Workload
 
 BASE = Workload(4, 96, 160, 2, activation_dtype="float16")  # neither a multiple of both block sizes below

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from fixer.errors import StoreError
-from fixer.store import Environment
+from fixer.base.errors import StoreError
+from fixer.artefacts.shelf import Environment
 from fixer.tuning.journal import Journal, JournaledRunner, RunKey
-from fixer.tuning.runner import Look, Request
-from fixer.tuning.trials import Build, Kernel, Outcome, Timing
+from fixer.tuning.search.runner import Look, Request
+from fixer.tuning.search.trials import Build, Kernel, Outcome, Timing
 from fixer.workload import NumberFormat, Projection, Tile, Workload
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -230,7 +230,7 @@ READ_ONLY = """
 import os, sys
 from pathlib import Path
 import test_journal as t
-from fixer.errors import StoreError
+from fixer.base.errors import StoreError
 if os.geteuid() == 0:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
 path = Path(sys.argv[1])

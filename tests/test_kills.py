@@ -22,11 +22,11 @@ from test_faults import TuningMachine, machine, undisturbed  # noqa: F401
 from test_fuzz import ARTEFACT, HERE, LAYER
 from test_serve import compiled, driver  # noqa: F401
 
-from fixer.install import Pair, install_pair, parse_table, render_table
-from fixer.store import Lock, artefact_path, find_artefact, save_artefact, write_atomically
+from fixer.artefacts.install import Pair, install_pair, parse_table, render_table
+from fixer.artefacts.shelf import Lock, artefact_path, find_artefact, save_artefact, write_atomically
 from fixer.tuning.journal import Journal, RunKey
-from fixer.tuning.runner import Look
-from fixer.tuning.trials import Build, Kernel, Outcome, Timing
+from fixer.tuning.search.runner import Look
+from fixer.tuning.search.trials import Build, Kernel, Outcome, Timing
 from fixer.workload import Projection, Tile
 
 WRITING_ROUNDS, RACING_ROUNDS, TUNING_ROUNDS = 120, 50, 40

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fixer.errors import SGLangError, UsageError
-from fixer.launch import MoefixOptions, become_server, reachable, server_command, split_flags
+from fixer.base.errors import SGLangError, UsageError
+from fixer.serve.launch import MoefixOptions, become_server, reachable, server_command, split_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -111,7 +111,7 @@ sys.exit(41)
 LAUNCHER = """
 import os, sys
 held = open(os.devnull)
-from fixer.launch import become_server, split_flags
+from fixer.serve.launch import become_server, split_flags
 print("buffered before the exec", end="")
 become_server(split_flags(sys.argv[1:])[1], (("SGLANG_MOE_CONFIG_DIR", "/over lay"),))
 """

@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from fixer.bench_results import Load
-from fixer.child_server import free_port
-from fixer.errors import SGLangError
+from fixer.machine.processes import free_port
+from fixer.base.errors import SGLangError
 from fixer.load import FIRST_ID, percentile, prompts, run_pass, summary, timed
 
 

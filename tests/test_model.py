@@ -12,10 +12,10 @@ import fakes
 import pytest
 from hub import Site, serve
 
-from fixer.errors import HubError, ModelError, MoefixError, UsageError
-from fixer.families import expert_layer
-from fixer.flags import ServerFlags, parse_flags
-from fixer.model import Hub, Source, catalogue, load_model, model_from_config, read_json
+from fixer.base.errors import HubError, ModelError, MoefixError, UsageError
+from fixer.model.rules.families import expert_layer
+from fixer.sglang.flags import ServerFlags, parse_flags
+from fixer.model.config import Hub, Source, catalogue, load_model, model_from_config, read_json
 
 CONFIG = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -220,8 +220,8 @@ def test_the_hub_gives_two_files_at_most(tmp_path: Path) -> None:
 
 def in_a_process(**environment: str) -> "subprocess.CompletedProcess[str]":
     program = (
-        "from fixer.model import load_model\nfrom fixer.flags import ServerFlags\n"
-        "from fixer.errors import MoefixError\n"
+        "from fixer.model import load_model\nfrom fixer.sglang.flags import ServerFlags\n"
+        "from fixer.base.errors import MoefixError\n"
         "try: print(load_model('Qwen/Qwen3-30B-A3B', ServerFlags()).source.value)\n"
         "except MoefixError as error: print(error.message)"
     )

@@ -10,28 +10,17 @@ from typing import Any
 
 import pytest
 
-from fixer.compiled import CompileCache
-from fixer.decide import Outcome
-from fixer.errors import SGLangError, StoreError, UsageError
-from fixer.flags import parse_flags
-from fixer.gpu import Card, find_card, with_shared_memory_limit
-from fixer.kernel import Candidate, Compiled, CompileOutcome
-from fixer.model import model_from_config
-from fixer.plan import (
-    DETERMINISTIC_TILE,
-    CompileFunction,
-    Plan,
-    Source,
-    TilePair,
-    Verdict,
-    compiler_for,
-    make_plan,
-    sidecar_name,
-    write_plan,
-)
-from fixer.proposals import Offers, choose, least_bytes, offers
-from fixer.sglang_tree import Found, Tree, own_choices, read_rows
-from fixer.tuning.space import BOTH, makes_sense
+from fixer.kernel.cache import CompileCache
+from fixer.model.rules.decide import Outcome
+from fixer.base.errors import SGLangError, StoreError, UsageError
+from fixer.sglang.flags import parse_flags
+from fixer.machine.cards import Card, find_card, with_shared_memory_limit
+from fixer.kernel.compile import Candidate, CompileOutcome, Compiled
+from fixer.model.config import model_from_config
+from fixer.plan.make_plan import CompileFunction, DETERMINISTIC_TILE, Plan, Source, TilePair, Verdict, compiler_for, make_plan, sidecar_name, write_plan
+from fixer.plan.proposals import Offers, choose, least_bytes, offers
+from fixer.sglang.tree import Found, Tree, own_choices, read_rows
+from fixer.kernel.space import BOTH, makes_sense
 from fixer.workload import Tile
 
 RELEASES = ["0.4.9", "0.5.17", "0.5.23"]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fixer.errors import CardError, TuneError
-from fixer.tuning.process import ChildProcess, Fate
+from fixer.base.errors import CardError, TuneError
+from fixer.machine.worker import ChildProcess, Fate
 
 # The functions below run in the child.
 

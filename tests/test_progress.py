@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fixer import progress
-from fixer.progress import PlainLines, Silent, Transfer, gigabytes, tell, terminal_progress
+from fixer.base import progress
+from fixer.base.progress import PlainLines, Silent, Transfer, gigabytes, tell, terminal_progress
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -113,7 +113,7 @@ def test_a_line_that_cannot_be_written_stops_nothing(clock, monkeypatch, fault):
 
 
 BAR = """
-from fixer.progress import terminal_progress
+from fixer.base.progress import terminal_progress
 with terminal_progress() as bar:
     assert type(bar).__name__ == "_Bar", bar
     bar.phase("search", 2)
@@ -196,7 +196,7 @@ def test_gigabytes():
 
 
 TWO_BARS = """
-from fixer.progress import Transfer, terminal_progress
+from fixer.base.progress import Transfer, terminal_progress
 shown = Transfer("download")
 shown.update(1, 10)  # nothing is on the screen
 with terminal_progress() as bar:

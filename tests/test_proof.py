@@ -12,18 +12,18 @@ import fakes
 import pytest
 from test_serve import FOLDER, H100, Machine, compiled, driver, installed  # noqa: F401 (fixtures)
 
-from fixer import asked as asking
-from fixer import status
-from fixer.decide import decide
-from fixer.errors import SGLangError, TuneError
-from fixer.flags import parse_flags
-from fixer.model import load_model
-from fixer.progress import Silent
-from fixer.proof import server_url
-from fixer.sglang_tree import tree_at
-from fixer.status import Phase, Status
-from fixer.store import save_artefact
-from fixer.tune import turn
+from fixer.serve import asked as asking
+from fixer.base import status_board as status
+from fixer.model.rules.decide import decide
+from fixer.base.errors import SGLangError, TuneError
+from fixer.sglang.flags import parse_flags
+from fixer.model.config import load_model
+from fixer.base.progress import Silent
+from fixer.serve.log.expect import server_url
+from fixer.sglang.tree import tree_at
+from fixer.base.status_board import Phase, Status
+from fixer.artefacts.shelf import save_artefact
+from fixer.tuning.session import turn
 from fixer.workload import NumberFormat
 
 SERVER = """
@@ -172,7 +172,7 @@ def test_a_damaged_record_is_set_aside(machine):
 
 
 def asking_situation(model, flags, tree):
-    from fixer.situation import Situation
+    from fixer.serve.situation import Situation
 
     return Situation(model, flags, tree, ((H100,),), (decide(model, flags, H100, tree.version),))
 

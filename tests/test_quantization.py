@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from fixer.errors import ModelError
-from fixer.quantization import Fate, Match, Question, Scheme, checkpoint_method, ignored, resolve, safe_match
+from fixer.base.errors import ModelError
+from fixer.model.rules.quantization import Fate, Match, Question, Scheme, checkpoint_method, ignored, resolve, safe_match
 from fixer.workload import NumberFormat
 
 LAYER = "model.layers.3.mlp.experts"

@@ -12,18 +12,8 @@ from artefacts import H100, RTX_4090, artefact_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fixer.recipe import (
-    Entry,
-    Recipe,
-    artefact_file,
-    context,
-    default_command,
-    dockerfile,
-    labels,
-    tar_pieces,
-    weight_files,
-)
-from fixer.store import Artefact
+from fixer.image.recipe import Entry, Recipe, artefact_file, context, default_command, dockerfile, labels, tar_pieces, weight_files
+from fixer.artefacts.shelf import Artefact
 
 ENTRYPOINT = ("python3", "/opt/moefix/entrypoint.py")
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from fixer.errors import StoreError
-from fixer.tuning.recording import COLUMNS, write_recording
-from fixer.tuning.replay import TILE_COLUMNS, Recording
-from fixer.tuning.runner import Look
-from fixer.tuning.trials import Build, Kernel, Outcome, Timing
+from fixer.base.errors import StoreError
+from fixer.tuning.search.recording import COLUMNS, write_recording
+from fixer.tuning.search.replay import Recording, TILE_COLUMNS
+from fixer.tuning.search.runner import Look
+from fixer.tuning.search.trials import Build, Kernel, Outcome, Timing
 from fixer.workload import Projection, Tile
 
 UP = Kernel(Projection.GATE_UP, Tile(16, 64, 128, 1, 4, 3))

@@ -21,17 +21,17 @@ from hypothesis import strategies as st
 from test_sglang_log import STAMP
 from test_verdict import DOWN, EXPECTED, OTHER, OTHER_DOWN, READY, UP, missing, using
 
-from fixer import status
-from fixer.asked import Asked, Question
-from fixer.relay import LINE_CAP, Settings, Stream
-from fixer.verdict import Expected
+from fixer.base import status_board as status
+from fixer.serve.asked import Asked, Question
+from fixer.serve.log.relay import LINE_CAP, Settings, Stream
+from fixer.serve.log.verdict import Expected
 
 QUIET = Settings(Expected(asks=False))
 """Says nothing by itself."""
 
 STARTER = """
 import os, sys
-from fixer.relay import Settings, start_relay
+from fixer.serve.log.relay import Settings, start_relay
 assert start_relay(Settings.from_json(sys.argv[1])), "no relay"
 os.execv(sys.executable, [sys.executable, "-c", sys.argv[2], *sys.argv[3:]])
 """
@@ -426,7 +426,7 @@ def test_on_a_terminal():
 
 
 def test_closed_outputs_mean_no_relay():
-    program = "from fixer.relay import *\nimport os\nprint(start_relay(Settings()), file=open(os.environ['R'], 'w'))"
+    program = "from fixer.serve.log.relay import *\nimport os\nprint(start_relay(Settings()), file=open(os.environ['R'], 'w'))"
     for closing in ("2>&-", ">&-", ">&- 2>&-"):
         result = Path(f"/tmp/moefix-relay-{uuid.uuid4().hex}")
         command = ["sh", "-c", f'exec "{sys.executable}" -c "$1" {closing}', "sh", program]

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from fixer.errors import UsageError
-from fixer.gpu import find_card
-from fixer.sglang_tree import Tree
-from fixer.tuning.replay import REQUIRED_COLUMNS, Recording, Regret, ReplayRunner
-from fixer.tuning.runner import Request, run_search
-from fixer.tuning.search import Search
-from fixer.tuning.seeds import seeds
-from fixer.tuning.space import BOTH
-from fixer.tuning.trials import Kernel, Outcome
+from fixer.base.errors import UsageError
+from fixer.machine.cards import find_card
+from fixer.sglang.tree import Tree
+from fixer.tuning.search.replay import REQUIRED_COLUMNS, Recording, Regret, ReplayRunner
+from fixer.tuning.search.runner import Request, run_search
+from fixer.tuning.search.search import Search
+from fixer.tuning.search.seeds import seeds
+from fixer.kernel.space import BOTH
+from fixer.tuning.search.trials import Kernel, Outcome
 from fixer.workload import NumberFormat, Projection, Tile, Workload
 
 ROOT = Path(__file__).resolve().parents[1]

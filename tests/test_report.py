@@ -19,22 +19,22 @@ import report_samples as samples
 from click.testing import CliRunner
 from rich.console import Console
 
-import fixer.report
-from fixer import serve
+import fixer.report.make
+from fixer.serve import serve
 from fixer.cli import main
-from fixer.gpu import find_card, known_cards
-from fixer.kernel import read_kernel_source
-from fixer.report import choose, default_path, report_after_tuning, summary_of, write_report
+from fixer.machine.cards import find_card, known_cards
+from fixer.kernel.compile import read_kernel_source
+from fixer.report.make import choose, default_path, report_after_tuning, summary_of, write_report
 from fixer.report.evidence import Evidence, Part, Sources, gather, own_of
 from fixer.report.page import render
 from fixer.report.roofline import experts_in_use, layer_work, peak_of, share_of, work_of
 from fixer.report.search_course import course_of
 from fixer.report.summary import Fate, Worth, microseconds, percent, summarise
 from fixer.report.terminal import print_report
-from fixer.sglang_tree import OwnChoice, Tree
-from fixer.store import artefact_path, save_artefact
+from fixer.sglang.tree import OwnChoice, Tree
+from fixer.artefacts.shelf import artefact_path, save_artefact
 from fixer.tuning.journal import RunKey, read_looks
-from fixer.tuning.trials import Kernel, Outcome
+from fixer.tuning.search.trials import Kernel, Outcome
 from fixer.workload import NumberFormat, Projection, Tile, Workload
 
 BLANK = "2026-11-24T00:47:54Z"
@@ -507,8 +507,8 @@ def test_tuning_writes_it(tmp_path, trees, monkeypatch, capsys):
     """The hook in `serve.tune_kind`, with a tuning that is at hand already."""
     artefact = samples.real()
     tuned = SimpleNamespace(notes=(), artefact=artefact, looks=(), timings=(), timeline={"search": 1.0})
-    monkeypatch.setattr("fixer.tune.tune", lambda *_: tuned)
-    monkeypatch.setattr("fixer.tune.state_of_cards", lambda job: ())
+    monkeypatch.setattr("fixer.tuning.session.tune", lambda *_: tuned)
+    monkeypatch.setattr("fixer.tuning.session.state_of_cards", lambda job: ())
     situation = SimpleNamespace(
         decisions=[SimpleNamespace(workload=artefact.workload)],
         tree=trees["0.5.17"],

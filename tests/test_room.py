@@ -6,17 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fixer.kernel_arguments import Product
-from fixer.tuning.room import (
-    COLD_FACTOR,
-    full_rotation,
-    layer_room,
-    needed_bytes,
-    rotations,
-    smallest_rotation,
-    with_spare,
-)
-from fixer.tuning.space import BOTH
+from fixer.kernel.arguments import Product
+from fixer.tuning.measure.memory import COLD_FACTOR, full_rotation, layer_room, needed_bytes, rotations, smallest_rotation, with_spare
+from fixer.kernel.space import BOTH
 from fixer.workload import NumberFormat, Projection, Workload
 
 L2 = 50 << 20

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fixer.tuning.routing import MIX, Routing, chances, popularity
-from fixer.tuning.tensors import choose_experts
+from fixer.tuning.measure.routing import MIX, Routing, chances, popularity
+from fixer.tuning.measure.tensors import choose_experts
 
 
 @pytest.mark.parametrize(("experts", "top_k", "off"), [(128, 8, 0.012), (64, 6, 0.012), (8, 2, 0.045)])

@@ -17,16 +17,16 @@ import fakes
 import pytest
 from fake_driver import build_driver
 
-from fixer.decide import decide
-from fixer.flags import parse_flags
-from fixer.gpu import Card
-from fixer.install import render_table
-from fixer.ladder import ladder
-from fixer.model import load_model
-from fixer.serve import verdict
-from fixer.sglang_tree import tree_at
-from fixer.store import Artefact, Decision, RowChoice, artefact_path, save_artefact, utc_now
-from fixer.tune import environment_of
+from fixer.model.rules.decide import decide
+from fixer.sglang.flags import parse_flags
+from fixer.machine.cards import Card
+from fixer.artefacts.install import render_table
+from fixer.model.rules.ladder import ladder
+from fixer.model.config import load_model
+from fixer.serve.serve import verdict
+from fixer.sglang.tree import tree_at
+from fixer.artefacts.shelf import Artefact, Decision, RowChoice, artefact_path, save_artefact, utc_now
+from fixer.tuning.session import environment_of
 from fixer.workload import Tile
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -4,8 +4,8 @@ import ast
 
 import pytest
 
-from fixer.sglang_log import LONGEST_PATH, MARKERS, WORDING, Said, read_line
-from fixer.sglang_tree import LOOKUP_SOURCES
+from fixer.sglang.log_lines import LONGEST_PATH, MARKERS, Said, WORDING, read_line
+from fixer.sglang.tree import LOOKUP_SOURCES
 
 STAMP = "[2026-11-23 23:48:52 TP0] "
 NAME = "E=128,N=768,device_name=NVIDIA_H200,dtype=fp8_w8a8,block_shape=[128, 128].json"

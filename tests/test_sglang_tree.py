@@ -7,22 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fixer import sglang_tree
-from fixer.errors import SGLangError
-from fixer.gpu import Card
-from fixer.sglang_tree import (
-    CONFIG_DIR_VARIABLE,
-    PINNED,
-    RELEASES,
-    Found,
-    Tree,
-    fetched_tree,
-    find_tree,
-    nearest_row,
-    own_choices,
-    read_rows,
-    tree_at,
-)
+from fixer.sglang import tree as sglang_tree
+from fixer.base.errors import SGLangError
+from fixer.machine.cards import Card
+from fixer.sglang.tree import CONFIG_DIR_VARIABLE, Found, PINNED, RELEASES, Tree, fetched_tree, find_tree, nearest_row, own_choices, read_rows, tree_at
 from fixer.workload import NumberFormat, Projection, Tile, Workload
 
 ADA = Card("NVIDIA GeForce RTX 4090", (8, 9), 101376, 24564)

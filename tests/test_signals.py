@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from fixer.signals import ALARM, deferred, settle_child, starting
+from fixer.machine.signals import ALARM, deferred, settle_child, starting
 
 
 @pytest.fixture

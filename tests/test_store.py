@@ -17,24 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fixer import store
-from fixer.errors import StoreError
-from fixer.store import (
-    Artefact,
-    Decision,
-    Environment,
-    Lock,
-    RowChoice,
-    artefact_path,
-    check_tile,
-    data_home,
-    find_artefact,
-    safe_name,
-    save_artefact,
-    set_aside,
-    write_atomically,
-    write_together,
-)
+from fixer.artefacts import shelf as store
+from fixer.base.errors import StoreError
+from fixer.artefacts.shelf import Artefact, Decision, Environment, Lock, RowChoice, artefact_path, check_tile, data_home, find_artefact, safe_name, save_artefact, set_aside, write_atomically, write_together
 from fixer.workload import NumberFormat, Tile, Workload
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,7 +100,7 @@ def test_a_home_that_cannot_be_is_one_clear_error(tmp_path, name):
 
 def test_a_read_only_home_is_one_clear_error(open_folder):
     open_folder.chmod(0o555)
-    code = "import sys, pathlib\nfrom fixer.store import *\nfrom fixer.errors import StoreError\n" + BECOME_NOBODY
+    code = "import sys, pathlib\nfrom fixer.artefacts.shelf import *\nfrom fixer.base.errors import StoreError\n" + BECOME_NOBODY
     code += "for name in ('', 'inside'):\n  try: data_home(pathlib.Path(sys.argv[1], name)); print('made')\n"
     code += "  except StoreError as fault: print(fault.message)"
     out, err = python(code, open_folder).communicate(timeout=20)
@@ -172,7 +157,7 @@ def test_leftovers_of_dead_writers_go_in_time(tmp_path):
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs a mount of its own")
 @pytest.mark.parametrize("readonly", [False, True])
 def test_full_disk_and_read_only_volume_keep_the_old(tmp_path, readonly):
-    code = "import sys, pathlib\nfrom fixer.store import *\nfrom fixer.errors import StoreError\n"
+    code = "import sys, pathlib\nfrom fixer.artefacts.shelf import *\nfrom fixer.base.errors import StoreError\n"
     code += "folder = pathlib.Path(sys.argv[1])\n"
     code += "try: write_together(((folder / 'a', b'new'), (folder / 'b', b'x' * 100000))); print('all done')\n"
     code += "except StoreError as fault: print(fault.message, '|', fault.hint)\n"
@@ -190,7 +175,7 @@ def test_full_disk_and_read_only_volume_keep_the_old(tmp_path, readonly):
 
 
 def test_kill_9_leaves_the_old_or_the_new_content(tmp_path):
-    code = "import sys, pathlib, itertools\nfrom fixer.store import write_atomically\n"
+    code = "import sys, pathlib, itertools\nfrom fixer.artefacts.shelf import write_atomically\n"
     code += "print('ready', flush=True)\n"
     code += "for turn in itertools.count(): write_atomically(pathlib.Path(sys.argv[1]), (b'%06d' % turn) * 50000)"
     path = tmp_path / "file"
@@ -446,7 +431,7 @@ def test_names_stay_in_their_folder():
 
 # --- the lock --------------------------------------------------------------------------------------------------------
 
-HOLDER = "import sys, pathlib, time\nfrom fixer.store import Lock\nwith Lock(pathlib.Path(sys.argv[1])):\n"
+HOLDER = "import sys, pathlib, time\nfrom fixer.artefacts.shelf import Lock\nwith Lock(pathlib.Path(sys.argv[1])):\n"
 HOLDER += " print('held', flush=True); time.sleep(30)"
 
 
@@ -499,7 +484,7 @@ def test_a_lock_file_that_was_left_behind_does_not_block(tmp_path):
 
 def test_only_one_at_a_time(tmp_path):
     # Each of four processes adds one to a number 25 times, by reading and writing: without the lock, some are lost.
-    code = "import sys, pathlib, time\nfrom fixer.store import *\nfolder = pathlib.Path(sys.argv[1])\n"
+    code = "import sys, pathlib, time\nfrom fixer.artefacts.shelf import *\nfolder = pathlib.Path(sys.argv[1])\n"
     code += "for _ in range(25):\n with Lock(folder / 'lock', poll_seconds=0.002):\n"
     code += "  number = int((folder / 'number').read_text()); time.sleep(0.001)\n"
     code += "  write_atomically(folder / 'number', str(number + 1).encode())"

@@ -13,30 +13,16 @@ from artefacts import H100, RTX_4090, artefact_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fixer.errors import SGLangError, UsageError
-from fixer.flags import parse_flags
-from fixer.gpu import find_card
-from fixer.install import Pair, parse_table, render_table
-from fixer.model import load_model
-from fixer.plan import make_plan
-from fixer.sglang_tree import tree_at
-from fixer.store import Artefact, find_artefact, kept_artefacts, save_artefact
-from fixer.transfer import (
-    artefacts_in,
-    for_card,
-    for_model,
-    install_in,
-    keep,
-    only_one,
-    planned_artefact,
-    read_artefacts,
-    tree_of,
-    write_artefact,
-    write_config_dir,
-    write_sglang,
-    write_vllm,
-)
-from fixer.tune import environment_of
+from fixer.base.errors import SGLangError, UsageError
+from fixer.sglang.flags import parse_flags
+from fixer.machine.cards import find_card
+from fixer.artefacts.install import Pair, parse_table, render_table
+from fixer.model.config import load_model
+from fixer.plan.make_plan import make_plan
+from fixer.sglang.tree import tree_at
+from fixer.artefacts.shelf import Artefact, find_artefact, kept_artefacts, save_artefact
+from fixer.artefacts.transfer import artefacts_in, for_card, for_model, install_in, keep, only_one, planned_artefact, read_artefacts, tree_of, write_artefact, write_config_dir, write_sglang, write_vllm
+from fixer.tuning.session import environment_of
 from fixer.workload import Tile
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,13 +17,13 @@ from types import SimpleNamespace
 import fakes
 import pytest
 
-from fixer.errors import SGLangError, TuneError
-from fixer.gpu import Card
-from fixer.store import Artefact, Decision, find_artefact, save_artefact
-from fixer.tune import covers, geometric_gain, tune, turn
-from fixer.tuning import card_runner  # the real PyTorch is in this process before the children's stand-in
+from fixer.base.errors import SGLangError, TuneError
+from fixer.machine.cards import Card
+from fixer.artefacts.shelf import Artefact, Decision, find_artefact, save_artefact
+from fixer.tuning.session import covers, geometric_gain, tune, turn
+from fixer.tuning.measure import card_runner
 from fixer.tuning.journal import Journal, RunKey
-from fixer.tuning.trials import Outcome
+from fixer.tuning.search.trials import Outcome
 
 ROOT = Path(__file__).resolve().parents[1]
 CHILD = "import sys, fakes; fakes.tune_in_child(*sys.argv[1:])"

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from artefacts import LARGE, RTX_4090, SMALL, artefact_of
 
-from fixer.vllm import approximations, vllm_file_name, vllm_table
+from fixer.artefacts.vllm import approximations, vllm_file_name, vllm_table
 from fixer.workload import NumberFormat, Workload
 
 BF16 = Workload(128, 768, 2048, 8)

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fixer.kernel_arguments import Product, padded_tokens
-from fixer.tuning.finals import TilePair
-from fixer.tuning.space import BOTH
-from fixer.tuning.warm import server_candidates, server_triton_cache
+from fixer.kernel.arguments import Product, padded_tokens
+from fixer.tuning.duel import TilePair
+from fixer.kernel.space import BOTH
+from fixer.tuning.precompile import server_candidates, server_triton_cache
 from fixer.workload import Projection, Tile, Workload
 
 SMALL = TilePair(Tile(16, 64, 128, 1, 4, 4), Tile(16, 128, 128, 1, 4, 3))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fixer.weights import FETCHED, Presence, RepoFile, choose, is_safe, presence
+from fixer.model.download.weights import FETCHED, Presence, RepoFile, choose, is_safe, presence
 
 SHARDS = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
 INDEX = "model.safetensors.index.json"

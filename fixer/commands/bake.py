@@ -42,9 +42,9 @@ def command(
     A container of the moefix image tunes on the cards of this machine. All other options are SGLang's own; they become
     the image's defaults. HF_TOKEN is passed to that container only.
     """
-    from fixer.bake import Order, bake, how_to_start, parse_gpus
-    from fixer.progress import terminal_progress
-    from fixer.transfer import describe
+    from fixer.image.bake import Order, bake, how_to_start, parse_gpus
+    from fixer.base.progress import terminal_progress
+    from fixer.artefacts.transfer import describe
 
     order = Order(
         model=model,

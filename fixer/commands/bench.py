@@ -61,8 +61,8 @@ def command(
     and put under load. All other options are SGLang's own: give those that the server gets.
     """
     from fixer.bench_command import Output, Request, run_kernel, run_serve
-    from fixer.bench_serve import FULL_LOADS, QUICK_LOADS, Client, ServePlan, parse_loads
-    from fixer.errors import UsageError
+    from fixer.bench_serve import Client, FULL_LOADS, QUICK_LOADS, ServePlan, parse_loads
+    from fixer.base.errors import UsageError
 
     if not serve and (passes or loads or quick or budget or resume or client != "auto"):
         raise UsageError("--passes, --loads, --quick, --client, --budget and --resume go with --serve")

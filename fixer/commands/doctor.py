@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from fixer.cli import ELSEWHERE, PASS_THROUGH
-from fixer.doctor import BUILD_CHECKS, CHECKS, SCHEMA, Finding, Patient, State, examine, wished_home, worst
+from fixer.doctor.checks import BUILD_CHECKS, CHECKS, Finding, Patient, SCHEMA, State, examine, wished_home, worst
 
 
 @click.command("doctor", short_help=ELSEWHERE["doctor"], context_settings=PASS_THROUGH)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import click
 
 from fixer.cli import PASS_THROUGH, interruptible
-from fixer.errors import UsageError
+from fixer.base.errors import UsageError
 
 if TYPE_CHECKING:
-    from fixer.store import Artefact
-    from fixer.transfer import Form, Written
+    from fixer.artefacts.shelf import Artefact
+    from fixer.artefacts.transfer import Form, Written
 
 FORMS = ("artefact", "sglang", "vllm", "config-dir")
 
@@ -48,8 +48,8 @@ def command(
 
     Without --file or --for it is looked for in the data folder: by --model with the server's SGLang flags, by --card.
     """
-    from fixer import transfer
-    from fixer.store import data_home, kept_artefacts
+    from fixer.artefacts import transfer
+    from fixer.artefacts.shelf import data_home, kept_artefacts
 
     if (source, planned).count(None) == 0:
         raise UsageError("--file and --for exclude each other", "Give one of them.")
@@ -67,8 +67,8 @@ def command(
                 click.echo(f"moefix: {one}", err=True)
             kept = transfer.for_card(kept, card) if card else kept
             if words:
-                from fixer.flags import parse_flags
-                from fixer.model import load_model
+                from fixer.sglang.flags import parse_flags
+                from fixer.model.config import load_model
 
                 flags = parse_flags(words)
                 kept = transfer.for_model(kept, load_model("", flags), flags)
@@ -85,14 +85,14 @@ def command(
 
 
 def _plan(words: tuple[str, ...], name: str, limit: int | None, root: Path | None, data: Path) -> Artefact:
-    from fixer.compiled import CompileCache
-    from fixer.flags import parse_flags
-    from fixer.gpu import find_card, with_shared_memory_limit
-    from fixer.model import load_model
-    from fixer.plan import compiler_for, make_plan
-    from fixer.sglang_tree import find_tree
-    from fixer.transfer import planned_artefact
-    from fixer.tune import environment_of
+    from fixer.kernel.cache import CompileCache
+    from fixer.sglang.flags import parse_flags
+    from fixer.machine.cards import find_card, with_shared_memory_limit
+    from fixer.model.config import load_model
+    from fixer.plan.make_plan import compiler_for, make_plan
+    from fixer.sglang.tree import find_tree
+    from fixer.artefacts.transfer import planned_artefact
+    from fixer.tuning.session import environment_of
 
     flags = parse_flags(words)
     model = load_model("", flags)
@@ -113,7 +113,7 @@ def _print(artefact: Artefact, form: str) -> None:
 
 
 def _write(artefact: Artefact, form: Form, out: Path, root: Path | None, data: Path) -> Written:
-    from fixer import transfer
+    from fixer.artefacts import transfer
 
     if form is transfer.Form.ARTEFACT:
         return transfer.write_artefact(artefact, out)

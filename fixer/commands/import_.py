@@ -19,9 +19,9 @@ def command(*, files: tuple[Path, ...], install: bool, sglang_root: Path | None,
 
     A server uses one where the card, the driver's major version, SGLang, Triton and the kernel are the same.
     """
-    from fixer import transfer
-    from fixer.sglang_tree import find_tree
-    from fixer.store import data_home
+    from fixer.artefacts import transfer
+    from fixer.sglang.tree import find_tree
+    from fixer.artefacts.shelf import data_home
 
     with interruptible():
         artefacts = [artefact for path in files for artefact in transfer.artefacts_in(path)]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from fixer.status import current_states, health, lines
-from fixer.store import wanted_home
+from fixer.base.status_board import current_states, health, lines
+from fixer.artefacts.shelf import wanted_home
 
 
 @click.command("status")

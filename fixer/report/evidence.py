@@ -11,16 +11,16 @@ from enum import Enum
 from pathlib import Path
 
 from fixer.bench_results import BenchResult, Kind, results_for
-from fixer.compiled import CompileCache, compile_with_cache, triton_version
-from fixer.errors import MoefixError
-from fixer.gpu import Card
-from fixer.kernel import Candidate, Compiled, CompileOutcome, Target, read_kernel_source
-from fixer.sglang_tree import RELEASES, OwnChoice, Tree, fetched_tree, installed_tree, own_choices, tree_at
-from fixer.store import Artefact
-from fixer.tuning.finals import TilePair
+from fixer.kernel.cache import CompileCache, compile_with_cache, triton_version
+from fixer.base.errors import MoefixError
+from fixer.machine.cards import Card
+from fixer.kernel.compile import Candidate, CompileOutcome, Compiled, Target, read_kernel_source
+from fixer.sglang.tree import OwnChoice, RELEASES, Tree, fetched_tree, installed_tree, own_choices, tree_at
+from fixer.artefacts.shelf import Artefact
+from fixer.tuning.duel import TilePair
 from fixer.tuning.journal import RunKey, read_looks
-from fixer.tuning.runner import Look
-from fixer.tuning.trials import Kernel, Outcome
+from fixer.tuning.search.runner import Look
+from fixer.tuning.search.trials import Kernel, Outcome
 
 
 class Part(Enum):
@@ -138,7 +138,7 @@ def named_tree(root: Path, artefact: Artefact) -> Tree:
     Raises:
         SGLangError: there is none, or it is of another version than the artefact's.
     """
-    from fixer.errors import SGLangError
+    from fixer.base.errors import SGLangError
 
     tree = tree_at(root)
     if tree.version != artefact.environment.sglang:

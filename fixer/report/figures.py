@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 from fixer.bench_results import BenchResult, ServeLoad
 from fixer.report.search_course import Course
 from fixer.report.summary import Fate, Row, Summary, percent
-from fixer.tuning.finals import CONFIDENCE
+from fixer.tuning.duel import CONFIDENCE
 
 # Stand-ins that matplotlib can draw with; `_themed` puts the page's variables in their places.
 INK, MUTED, GRID, OWN, TUNED, LIMIT, THIRD = (f"#00000{number}" for number in range(1, 8))

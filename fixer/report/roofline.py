@@ -6,7 +6,7 @@ chance that a token draws expert i among its k, the expected number of a rank's 
 
     sum over i of (1 - (1 - p_i) ** M) / R
 
-averaged over the routings that moefix measures with (`fixer.tuning.routing`); for uniform routing p_i is k / (E * R).
+averaged over the routings that moefix measures with (`fixer.tuning.measure.routing`); for uniform routing p_i is k / (E * R).
 What it has to compute: 2 * (M * k / R) * columns * depth operations.
 """
 
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 
-from fixer.kernel_arguments import Product, Role, operands
-from fixer.tuning.routing import MIX, chances
+from fixer.kernel.arguments import Product, Role, operands
+from fixer.tuning.measure.routing import MIX, chances
 from fixer.workload import NumberFormat, Projection, Tile, Workload
 
 _ANY_TILE = Tile(16, 16, 16, 1)

@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from fixer.tuning.runner import Look
-from fixer.tuning.trials import Outcome
+from fixer.tuning.search.runner import Look
+from fixer.tuning.search.trials import Outcome
 from fixer.workload import Projection
 
 Best = dict[int, dict[Projection, float]]

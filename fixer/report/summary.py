@@ -8,9 +8,9 @@ from pathlib import PurePosixPath
 
 from fixer.report.evidence import Evidence
 from fixer.report.roofline import Peak, Share, layer_work, peak_of, share_of
-from fixer.store import Artefact, Decision, RowChoice
-from fixer.tune import compared_times, geometric_gain
-from fixer.tuning.finals import CONFIDENCE, LEAST_GAIN, TilePair
+from fixer.artefacts.shelf import Artefact, Decision, RowChoice
+from fixer.tuning.session import compared_times, geometric_gain
+from fixer.tuning.duel import CONFIDENCE, LEAST_GAIN, TilePair
 
 
 class Worth(Enum):

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fixer.bench_results import Kind, headline
-from fixer.plan_view import plain_or_terminal
+from fixer.plan.view import plain_or_terminal
 from fixer.report.page import when
 from fixer.report.summary import Fate, Summary, Worth, microseconds, percent
 

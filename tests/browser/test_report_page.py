@@ -10,7 +10,7 @@ import report_samples as samples
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from fixer.report import choose, summary_of, write_report
+from fixer.report.make import choose, summary_of, write_report
 
 pytestmark = pytest.mark.browser
 

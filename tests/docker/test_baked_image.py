@@ -21,8 +21,8 @@ from artefacts import RTX_4090, artefact_of
 from engine import BASE, FAKE_TOKEN, ROOT, docker
 from fake_driver import build_driver
 
-from fixer.install import Pair, render_table
-from fixer.sglang_tree import PINNED
+from fixer.artefacts.install import Pair, render_table
+from fixer.sglang.tree import PINNED
 
 pytestmark = pytest.mark.docker
 

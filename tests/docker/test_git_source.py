@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from engine import IMAGE, build, docker
 
-from fixer.sglang_tree import PINNED, fetched_tree
+from fixer.sglang.tree import PINNED, fetched_tree
 
 pytestmark = pytest.mark.docker
 
@@ -136,7 +136,7 @@ def test_the_tag_is_installed_and_its_commit_recorded(served, release, context, 
         assert labels["moefix.sglang.repository"].endswith("/release")
         looks = (
             "cat /opt/sglang.source; git -C /opt/sglang rev-parse HEAD; "
-            "python3 -c 'from fixer.sglang_tree import installed_tree; print(installed_tree().package)'; "
+            "python3 -c 'from fixer.sglang.tree import installed_tree; print(installed_tree().package)'; "
             "command -v cargo rustc || echo no Rust"
         )
         recorded, head, package, rust = docker(

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from fixer.kernel_arguments import Role
-from fixer.tuning import bench as bench_module
-from fixer.tuning.bench import Bench, Loaded, Setup
-from fixer.tuning.measure import LookAt, measuring_handler
-from fixer.tuning.process import Handler
+from fixer.kernel.arguments import Role
+from fixer.tuning.measure import card_bench as bench_module
+from fixer.tuning.measure.card_bench import Bench, Loaded, Setup
+from fixer.tuning.measure.requests import LookAt, measuring_handler
+from fixer.machine.worker import Handler
 from fixer.workload import Tile
 
 GOOD = Tile(16, 64, 128, 1, 4, 3)
@@ -38,7 +38,7 @@ class FaultyBench(Bench):
 def faulty_handler(setup: Setup) -> Handler:
     """As `measuring_handler`, but one tile breaks the CUDA context and one never ends."""
     bench_module.Bench = FaultyBench  # type: ignore[misc]
-    import fixer.tuning.measure as measure_module
+    from fixer.tuning.measure import requests as measure_module
 
     measure_module.Bench = FaultyBench  # type: ignore[misc]
     handle = measuring_handler(setup)

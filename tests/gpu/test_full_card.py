@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from fixer.errors import CardError
-from fixer.gpu import occupancy, visible_cards
-from fixer.kernel import Target, read_kernel_source
-from fixer.sglang_tree import find_tree
-from fixer.tuning.card_runner import CardRunner
-from fixer.tuning.runner import Request
-from fixer.tuning.trials import Kernel, Outcome
+from fixer.base.errors import CardError
+from fixer.machine.cards import occupancy, visible_cards
+from fixer.kernel.compile import Target, read_kernel_source
+from fixer.sglang.tree import find_tree
+from fixer.tuning.measure.card_runner import CardRunner
+from fixer.tuning.search.runner import Request
+from fixer.tuning.search.trials import Kernel, Outcome
 from fixer.workload import NumberFormat, Projection, Workload
 
 sys.path.insert(0, str(Path(__file__).parent))

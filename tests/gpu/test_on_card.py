@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from fixer.gpu import visible_cards
-from fixer.kernel import Target, read_kernel_source
-from fixer.sglang_tree import find_tree
-from fixer.tuning import card_runner
-from fixer.tuning.card_runner import CardRunner
-from fixer.tuning.runner import Request
-from fixer.tuning.trials import Kernel, Outcome
+from fixer.machine.cards import visible_cards
+from fixer.kernel.compile import Target, read_kernel_source
+from fixer.sglang.tree import find_tree
+from fixer.tuning.measure import card_runner
+from fixer.tuning.measure.card_runner import CardRunner
+from fixer.tuning.search.runner import Request
+from fixer.tuning.search.trials import Kernel, Outcome
 from fixer.workload import NumberFormat, Projection, Workload
 
 sys.path.insert(0, str(Path(__file__).parent))

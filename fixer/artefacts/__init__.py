@@ -1,0 +1,1 @@
+"""A finished tuning: value, shelf, check, installation, export."""

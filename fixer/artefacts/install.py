@@ -1,0 +1,363 @@
+"""Puts a tuned pair of files where SGLang looks for it, and reads such pairs back.
+
+SGLang reads `<root>/configs/triton_<version>/<name>.json`, by exact name, where <root> is its own package or, in its
+place and not on top of it, SGLANG_MOE_CONFIG_DIR (fused_moe_triton_config.py, get_moe_configs). So a backup beside a
+file is never read, and an overlay has to hold everything that SGLang ships.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from fixer.base.errors import StoreError
+from fixer.sglang.tree import BEFORE_MOEFIX, CONFIG_DIR_VARIABLE
+from fixer.artefacts.shelf import Artefact, Damaged, check_file_name, check_tile, make_folder, parse_json, read_bounded, read_or_set_aside, safe_name, set_aside, take_owner_of, write_atomically, write_together
+from fixer.workload import Tile
+
+OVERLAY_VARIABLE = CONFIG_DIR_VARIABLE
+BACKUP_SUFFIX = BEFORE_MOEFIX
+MOST_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two tuning files of one workload.
+
+    Attributes:
+        gate_up_name, down_name: SGLang's names for the files.
+        gate_up, down: a tile for each batch size M in tokens, both for the same M, each two sharing BLOCK_SIZE_M
+            (SGLang sorts tokens into blocks once for both, and would overrule the down projection's).
+
+    Raises:
+        ValueError: on construction, where that does not hold or a tile is absurd: an error in moefix itself.
+    """
+
+    gate_up_name: str
+    down_name: str
+    gate_up: Mapping[int, Tile]
+    down: Mapping[int, Tile]
+
+    def __post_init__(self) -> None:
+        if check_file_name(self.gate_up_name) == check_file_name(self.down_name):
+            raise ValueError(f"both projections are to be written as {self.gate_up_name}")
+        if not self.gate_up or self.gate_up.keys() != self.down.keys():
+            raise ValueError(f"the rows differ: {sorted(self.gate_up)} and {sorted(self.down)}")
+        for batch, tile in self.gate_up.items():
+            if batch < 1 or check_tile(tile).block_m != check_tile(self.down[batch]).block_m:
+                raise ValueError(f"row {batch}: {tile} and {self.down[batch]} differ in BLOCK_SIZE_M")
+            if tile.use_tma:
+                raise ValueError(f"row {batch}: USE_TMA breaks SGLang 0.5.17 in a gate_up file")
+
+    @classmethod
+    def of(cls, artefact: Artefact) -> Pair:
+        """An artefact's two files."""
+        return cls(
+            artefact.gate_up_file,
+            artefact.down_file,
+            {row.batch: row.gate_up for row in artefact.rows},
+            {row.batch: row.down for row in artefact.rows},
+        )
+
+
+@dataclass(frozen=True)
+class Installation:
+    """Where a pair is now, and what SGLang needs to find it.
+
+    Attributes:
+        folder: the triton_* folder that holds the pair.
+        gate_up_path, down_path: the files; one and the same for a release that reads one joint file.
+        env: environment variables that SGLang has to be started with; none where the pair is in its own tree.
+        notes: what was done that a person may want to know, one line each.
+    """
+
+    folder: Path
+    gate_up_path: Path
+    down_path: Path
+    env: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+
+
+def render_table(table: Mapping[int, Tile]) -> bytes:
+    """The file's content, to the byte as SGLang's tuner writes it: M ascending as text, four blanks of indent."""
+    rows = {str(batch): table[batch].to_json() for batch in sorted(table)}
+    return (json.dumps(rows, indent=4) + "\n").encode()
+
+
+def installed(folder: Path, pair: Pair) -> bool:
+    """Whether both files are in `folder`, byte for byte."""
+    return all(_content(path) == content for path, content in _files(folder, pair))
+
+
+def install_pair(folder: Path, pair: Pair, home: Path, sglang_version: str) -> Installation:
+    """Put the pair into `folder`, or into an overlay in the data folder where `folder` cannot be written.
+
+    A file that was there before and differs is kept once as `<name>.before-moefix`; an empty one of that name says
+    that there was none. Later, one that moefix did not write is kept as `<name>.replaced-<UTC>`. A damaged one is set
+    aside.
+
+    Args:
+        folder: the running Triton's folder that SGLang reads: `<root>/configs/triton_3_6_0`, <root> being SGLang's
+            own or what the user has in SGLANG_MOE_CONFIG_DIR. It need not exist.
+        pair: the pair.
+        home: moefix's data folder.
+        sglang_version: names the overlay.
+
+    Returns:
+        Where the pair is. Where it was there already, nothing is written.
+
+    Raises:
+        StoreError: neither the folder nor the data folder can be written.
+    """
+    if installed(folder, pair):
+        return _installation(folder, pair)
+    try:
+        notes = _write_pair(folder, pair, home)
+    except StoreError as fault:
+        return _install_overlay(folder, pair, home, safe_name(sglang_version), fault.message)
+    return _installation(folder, pair, notes=notes)
+
+
+def _installation(
+    folder: Path, pair: Pair, env: tuple[tuple[str, str], ...] = (), notes: tuple[str, ...] = ()
+) -> Installation:
+    return Installation(folder, folder / pair.gate_up_name, folder / pair.down_name, env, notes)
+
+
+def _files(folder: Path, pair: Pair) -> tuple[tuple[Path, bytes], tuple[Path, bytes]]:
+    return (
+        (folder / pair.gate_up_name, render_table(pair.gate_up)),
+        (folder / pair.down_name, render_table(pair.down)),
+    )
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return read_bounded(path)
+    except (OSError, ValueError):
+        return None
+
+
+def _write_pair(folder: Path, pair: Pair, home: Path) -> tuple[str, ...]:
+    return _replace(folder, pair, home, overlay=False)
+
+
+def _replace(folder: Path, pair: Pair, home: Path, *, overlay: bool) -> tuple[str, ...]:
+    """Keep what is there, write the pair, and remember that moefix wrote it."""
+    files = _files(folder, pair)
+    notes = tuple(note for path, content in files for note in _make_room(path, content, home, overlay))
+    write_together(files)
+    for _, content in files:
+        with contextlib.suppress(StoreError):  # at worst a later pair keeps this one as if it were another's
+            write_atomically(_mark(home, content), b"")
+    return notes
+
+
+def _mark(home: Path, content: bytes) -> Path:
+    """An empty file of this name in the data folder says that moefix wrote that content."""
+    return home / "written" / hashlib.sha256(content).hexdigest()
+
+
+def _make_room(path: Path, new: bytes, home: Path, overlay: bool) -> tuple[str, ...]:
+    """Keep what is at `path`, unless moefix wrote it, before `new` takes its place; an overlay's links are no files.
+
+    Raises:
+        StoreError: it cannot be kept.
+    """
+    if path.is_dir() or (overlay and path.is_symlink()):
+        return ()
+    old, why = _usable(path)
+    if old == new:
+        return ()
+    notes: tuple[str, ...] = ()
+    if why:
+        aside = set_aside(path, why)
+        if aside.kept_as is None:
+            raise StoreError(str(aside), "Move it away, or make its folder writable.")
+        old, notes = None, (str(aside),)
+    backup = path.with_name(path.name + BACKUP_SUFFIX)
+    if not overlay and not os.path.lexists(backup):
+        write_atomically(backup, old or b"")
+        notes += (f"the {path.name} that was there is kept as {backup.name}",) if old else ()
+    elif old is not None and not _mark(home, old).exists():
+        # A second backup of that name would hold moefix's own older file.
+        aside = set_aside(path, "another took its place", "replaced")
+        if aside.kept_as is None:
+            raise StoreError(f"{path} cannot be kept under another name.", "Move it away.")
+        notes += (f"the {path.name} that was there is kept as {aside.kept_as.name}",)
+    return notes
+
+
+def _usable(path: Path) -> tuple[bytes | None, str]:
+    """The content of a tuning file, None for none; and why it is none that SGLang could read, "" where it is."""
+    try:
+        content = read_bounded(path)
+        parse_table(content)
+    except FileNotFoundError:
+        return None, ""
+    except OSError as fault:
+        return None, fault.strerror or "it cannot be read"
+    except ValueError as fault:
+        return None, str(fault)
+    return content, ""
+
+
+# --- the overlay -----------------------------------------------------------------------------------------------------
+
+
+def _install_overlay(folder: Path, pair: Pair, home: Path, name: str, reason: str) -> Installation:
+    root = home / "overlay" / name
+    own = root / "configs" / folder.name
+    try:
+        _mirror_shipped(folder, own)
+    except OSError as fault:
+        raise StoreError(
+            f"SGLang's files cannot be mirrored to {own}: {fault.strerror or fault}",
+            "Make SGLang's folder or the data folder writable, with some space free.",
+        ) from fault
+    notes = () if installed(own, pair) else _replace(own, pair, home, overlay=True)
+    note = f"SGLang's own folder was left as it is ({reason}); the pair is in {own}"
+    return _installation(own, pair, ((OVERLAY_VARIABLE, str(root)),), (*notes, note))
+
+
+def _mirror_shipped(folder: Path, own: Path) -> None:
+    """Have all that SGLang ships in the overlay: other Triton versions' folders as links, the running one's files."""
+    overlay = own.parent
+    if own.is_symlink():
+        # Mirrored as a whole while another Triton version was the running one.
+        own.unlink()
+    make_folder(own)
+    for entry in _entries(folder.parent):
+        if entry.name.startswith("triton_") and entry.name != folder.name:
+            _mirror(entry, overlay / entry.name)
+    for entry in _entries(folder):
+        if entry.suffix == ".json":
+            _mirror(entry, own / entry.name)
+    _drop_dead_links(overlay)
+    _drop_dead_links(own)
+
+
+def _entries(folder: Path) -> tuple[Path, ...]:
+    try:
+        return tuple(sorted(folder.iterdir()))
+    except OSError:
+        return ()
+
+
+def _mirror(source: Path, target: Path) -> None:
+    """Make `target` a link to `source`, or a copy where the file system has no links. Own files stay as they are."""
+    wanted = str(source.absolute())
+    if target.is_symlink():
+        if os.readlink(target) == wanted:
+            return
+        target.unlink(missing_ok=True)
+    elif target.exists():
+        return
+    try:
+        target.symlink_to(wanted)
+        take_owner_of(target.parent, target)
+    except FileExistsError:
+        return  # another process was quicker
+    except OSError:
+        if source.is_dir():
+            shutil.copytree(source, target, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(source, target)
+
+
+def _drop_dead_links(folder: Path) -> None:
+    for entry in _entries(folder):
+        if entry.is_symlink() and not entry.exists():
+            entry.unlink(missing_ok=True)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+_ROW_PARTS = {
+    "BLOCK_SIZE_M",
+    "BLOCK_SIZE_N",
+    "BLOCK_SIZE_K",
+    "GROUP_SIZE_M",
+    "num_warps",
+    "num_stages",
+    "num_ctas",
+    "USE_TMA",
+}
+"""All that a row may hold. Triton refuses to launch with an option that it does not know, which stops the server."""
+
+
+@dataclass(frozen=True)
+class PairOnDisk:
+    """What SGLang would find under the pair's two names.
+
+    Attributes:
+        gate_up, down: a tile for each M; None where there is no file, or a damaged one.
+        damaged: the files that could not be used, for the caller to report.
+    """
+
+    gate_up: Mapping[int, Tile] | None
+    down: Mapping[int, Tile] | None
+    damaged: tuple[Damaged, ...]
+
+
+def read_pair(folder: Path, gate_up_name: str, down_name: str) -> PairOnDisk:
+    """Read the two files, whatever state they are in. A damaged one is moved aside and reported.
+
+    Whether the tiles fit the card is not looked at here: that takes the compiler.
+
+    Raises:
+        ValueError: a name is no plain file name.
+    """
+    gate_up, gate_up_damaged = _read_table(folder / check_file_name(gate_up_name), tma=False)
+    down, down_damaged = _read_table(folder / check_file_name(down_name), tma=True)
+    return PairOnDisk(gate_up, down, tuple(report for report in (gate_up_damaged, down_damaged) if report))
+
+
+def parse_table(content: bytes, tma: bool = True) -> Mapping[int, Tile]:
+    """The tiles of a tuning file's content, by M.
+
+    Args:
+        content: the file, which may be damaged or hostile.
+        tma: whether USE_TMA may be true, as in a down projection's file.
+
+    Raises:
+        ValueError: it is not a tuning file that SGLang could serve with; the text says why.
+    """
+    rows = parse_json(content)
+    if not isinstance(rows, dict) or not 1 <= len(rows) <= MOST_ROWS:
+        raise ValueError(f"it is not an object of 1 to {MOST_ROWS} rows")
+    table = {_batch(key): _tile(key, row, tma) for key, row in rows.items()}
+    if len(table) != len(rows):
+        raise ValueError("a batch size comes twice")
+    return table
+
+
+def _batch(key: str) -> int:
+    if not (key.isascii() and key.isdigit() and len(key) <= 8 and int(key) > 0):
+        raise ValueError(f"{key[:40]!r} is no batch size")
+    return int(key)
+
+
+def _tile(key: str, row: object, tma: bool) -> Tile:
+    if not isinstance(row, dict):
+        raise ValueError(f"row {key} is not an object")
+    strange = sorted(set(row) - _ROW_PARTS)
+    if strange:
+        raise ValueError(f"row {key} has an unknown part {strange[0][:40]!r}")
+    if row.get("num_ctas", 1) != 1:
+        raise ValueError(f"row {key} asks for thread block clusters")
+    tile = check_tile(Tile.from_json(row))
+    if tile.use_tma and not tma:
+        raise ValueError(f"row {key} has USE_TMA, which is for the down projection only")
+    return tile
+
+
+def _read_table(path: Path, tma: bool) -> tuple[Mapping[int, Tile] | None, Damaged | None]:
+    return read_or_set_aside(path, partial(parse_table, tma=tma))

@@ -1,0 +1,1 @@
+"""What any program needs: errors, text, files, locks, progress, status. Uses no other room."""

@@ -1,0 +1,1 @@
+"""Checks of this machine, of SGLang's tree and of the data folder."""

@@ -1,0 +1,1 @@
+"""Build a ready-tuned image (`moefix bake`)."""

@@ -1,0 +1,364 @@
+"""Makes a ready-tuned image: has a container of moefix tune, takes the artefact out, builds a small image with it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fixer.image.docker_engine import ContainerRun, Engine, Gpus, Image
+from fixer.base.errors import DockerError, ModelError, UsageError
+from fixer.sglang.flags import ServerFlags, parse_flags, secret_flags
+from fixer.model.hub import UnreachableError, refusal
+from fixer.serve.launch import split_flags
+from fixer.model.config import Hub, load_model
+from fixer.base.progress import Progress
+from fixer.image.recipe import NOT_WEIGHTS, Recipe, context, default_command, tar_pieces, weight_files
+from fixer.artefacts.shelf import Artefact, utc_now
+from fixer.artefacts.transfer import artefacts_in, asks_for, check_versions, missing_rows, read_artefacts
+
+ALL_GPUS = Gpus()
+
+PASSED_ON = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT")
+"""Environment variables that the tuning container gets, and that no layer ever sees."""
+
+_SENT = 64 << 20
+"""Bytes of weights between two steps of progress."""
+
+_IMAGE_NAME = re.compile(
+    r"(?:[a-z0-9.-]+(?::[0-9]+)?/)?[a-z0-9]+(?:[._/-]+[a-z0-9]+)*(?::[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?"
+)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a user wants baked.
+
+    Attributes:
+        model: a hub id or a folder.
+        tag: the new image's name.
+        flags: the server's SGLang flags; moefix's own (--moefix-...) among them count for the server too.
+        image: the moefix image to build on.
+        gpus: the cards to tune on; None where the engine's default runtime gives them without being asked.
+        planned_for: bake the plan for this card instead, without any.
+        artefact: bake what this file has instead.
+        with_weights: put the weights in.
+        revision: the model's on the hub, None for its default.
+        volume: a named volume for the tuning container's data, "" for a throw-away one.
+        force: take the tag even if an image has it.
+    """
+
+    model: str
+    tag: str
+    flags: tuple[str, ...] = ()
+    image: str = "moefix"
+    gpus: Gpus | None = ALL_GPUS
+    planned_for: str | None = None
+    artefact: Path | None = None
+    with_weights: bool = False
+    revision: str | None = None
+    volume: str = ""
+    force: bool = False
+
+    @property
+    def folder(self) -> Path | None:
+        """The model's folder on this machine, absolute; None for a model on the hub."""
+        path = Path(self.model).expanduser()
+        return path.absolute() if path.is_dir() else None
+
+    @property
+    def model_name(self) -> str:
+        """What the container calls the model: a folder is mounted under its own path."""
+        return str(self.folder or self.model)
+
+    @property
+    def all_flags(self) -> tuple[str, ...]:
+        """SGLang's flags, the model and its revision among them; moefix's own are not."""
+        named = () if self.revision is None else (f"--revision={self.revision}",)
+        return (*split_flags(self.flags, {})[1], *named, f"--model-path={self.model_name}")
+
+
+@dataclass(frozen=True)
+class Baked:
+    """What came of it: the image, and the recipe that it was made by."""
+
+    image: str
+    recipe: Recipe
+
+
+def bake(order: Order, progress: Progress, environ: Mapping[str, str] = os.environ) -> Baked:
+    """Bake an image.
+
+    Raises:
+        MoefixError: whatever keeps it from that; nothing but a pulled image stays behind.
+    """
+    flags = check_order(order, environ)
+    given = artefacts_in(order.artefact) if order.artefact is not None else ()
+    engine = Engine.connect()
+    base = base_image(engine, order.image, progress)
+    check_tag(engine, order, base)
+    for artefact in given:
+        check_artefact(artefact, order, flags, base)
+        if missing := missing_rows(artefact, flags):
+            progress.note(f"the artefact has no rows for M = {', '.join(map(str, missing))}: a server will tune them")
+    weights, revision = fetch_weights(order, engine) if order.with_weights else (None, order.revision)
+    artefacts = given or artefacts_from(engine, base, order, revision, environ, progress)
+    recipe = Recipe(
+        base=base.id,
+        base_name=order.image,
+        entrypoint=base.entrypoint,
+        artefacts=artefacts,
+        command=default_command(order.model_name, order.revision, order.flags, weights=weights is not None),
+        model=order.model_name,
+        revision=revision or artefacts[0].revision,
+        weights=weights,
+        date=utc_now(),
+    )
+    return Baked(build(engine, recipe, order.tag, progress), recipe)
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def check_order(order: Order, environ: Mapping[str, str]) -> ServerFlags:
+    """Refuse what cannot be meant, and whatever would put a secret into a layer.
+
+    Returns:
+        The order's SGLang flags, read.
+
+    Raises:
+        UsageError: it is such an order.
+    """
+    if order.planned_for is not None and order.artefact is not None:
+        raise UsageError("--for and --artefact exclude each other", "Give one of them.")
+    if not _IMAGE_NAME.fullmatch(order.tag):
+        raise UsageError(f"{order.tag[:80]!r} is no name for an image", "Write it as me/qwen3:rtx4090, in lower case.")
+    secrets = secret_flags(order.flags)
+    if secrets:
+        raise UsageError(
+            f"{secrets[0]} would be readable by everybody who has the image",
+            "Leave it out here and give it to docker run, behind the image's name.",
+        )
+    tokens = [environ[name] for name in PASSED_ON[:2] if environ.get(name)]
+    if any(token in word for token in tokens for word in (*order.flags, order.model, order.tag, order.revision or "")):
+        raise UsageError("your hub token is among the arguments", "Leave it out: HF_TOKEN is passed on by itself.")
+    if any(word.partition("=")[0] == "--config" for word in order.flags):
+        raise UsageError("--config names a file that is not in the image", "Write its flags out.")
+    return parse_flags(order.all_flags)
+
+
+def base_image(engine: Engine, name: str, progress: Progress) -> Image:
+    """The moefix image to build on, pulled where it is not there and its name has an owner.
+
+    Raises:
+        DockerError: there is none of that name, or it is not moefix's.
+    """
+    found = engine.image(name)
+    if found is None and "/" in name:
+        engine.pull(name, progress)
+        found = engine.image(name)
+    if found is None:
+        raise DockerError(
+            f"there is no image {name} here", "Build it (docker build -t moefix .), or name one with --image."
+        )
+    if found.environ.get("MOEFIX_IMAGE") != "1" or not found.entrypoint:
+        raise DockerError(
+            f"{name} is no image of moefix", "Name one with --image, or build it: docker build -t moefix ."
+        )
+    return found
+
+
+def check_tag(engine: Engine, order: Order, base: Image) -> None:
+    """Refuse a tag that is taken.
+
+    Raises:
+        DockerError: an image has it, and it is not to be replaced.
+        UsageError: it is the name of the image that is built on.
+    """
+    taken = engine.image(order.tag)
+    if taken is None:
+        return
+    if taken.id == base.id:
+        raise UsageError(f"{order.tag} is the image that is built on", "Give the new one another --tag.")
+    if not order.force:
+        raise DockerError(f"there is an image {order.tag} already", "Take another --tag, or replace it with --force.")
+
+
+def check_artefact(artefact: Artefact, order: Order, flags: ServerFlags, base: Image) -> None:
+    """Refuse an artefact that the image would not use.
+
+    Raises:
+        SGLangError: it is of another SGLang or Triton than the image's.
+        UsageError: it is not what that model's server asks for.
+    """
+    check_versions(
+        artefact.environment,
+        base.labels.get("moefix.sglang.version", ""),
+        base.labels.get("moefix.triton.version", ""),
+    )
+    if not asks_for(artefact, load_model("", flags), flags):
+        workload = artefact.workload
+        raise UsageError(
+            f"{order.model} with these flags does not ask for this artefact's E={workload.experts}, "
+            f"N={workload.intermediate}, {workload.number_format.value}, tp {workload.tp_size}, ep {workload.ep_size}",
+            "Give the model and the flags (--tp, --quantization, ...) that it was tuned for.",
+        )
+
+
+# --- what goes in ----------------------------------------------------------------------------------------------------
+
+
+def artefacts_from(
+    engine: Engine,
+    base: Image,
+    order: Order,
+    revision: str | None,
+    environ: Mapping[str, str],
+    progress: Progress,
+) -> tuple[Artefact, ...]:
+    """Have a container of the moefix image tune, or plan; one artefact for each kind of card.
+
+    Raises:
+        DockerError: the container cannot run or fails.
+        UsageError: SGLang reads no tuning file there.
+    """
+    doing = "tuning" if order.planned_for is None else "planning"
+    wanted = ContainerRun(
+        image=base.id,
+        command=container_command(order, revision),
+        environ={name: environ[name] for name in PASSED_ON if environ.get(name)},
+        gpus=order.gpus if order.planned_for is None else None,
+        mounts={str(order.folder): str(order.folder)} if order.folder else {},
+        volume=order.volume,
+    )
+    progress.phase(f"{doing} in a container of {order.image}", 1)
+    finished = engine.run(wanted, lambda line: progress.note(line.removeprefix("moefix: ")))
+    progress.advance()
+    said = " ".join(finished.tail)
+    if finished.code != 0:
+        raise DockerError(f"{doing} in {order.image} ended with exit code {finished.code}: {said}")
+    try:
+        artefacts = read_artefacts(finished.output)
+    except ValueError as fault:
+        raise DockerError(
+            f"{doing} in {order.image} gave no artefact: {fault}", "Is it this moefix's image?"
+        ) from fault
+    if not artefacts:
+        raise UsageError(
+            f"there is nothing to bake for {order.model}: {said}", "Serve it with the moefix image itself."
+        )
+    return artefacts
+
+
+def container_command(order: Order, revision: str | None) -> tuple[str, ...]:
+    """What the container of the moefix image is to do; it prints artefacts as JSON."""
+    options, flags = split_flags(order.flags, {})
+    limit = () if options.smem_limit is None else (f"--smem-limit={options.smem_limit}",)
+    pinned = () if revision is None else (f"--revision={revision}",)
+    what = ("tune", "--json") if order.planned_for is None else ("export", "--out=-", f"--for={order.planned_for}")
+    return (*what, *limit, f"--model={order.model_name}", *pinned, *flags)
+
+
+def fetch_weights(order: Order, engine: Engine) -> tuple[Path, str]:
+    """The model's folder with all its weights, from the user's hub cache or the hub; and the commit, "" for a folder.
+
+    Raises:
+        HubError: the hub does not give them.
+        ModelError: the folder has none.
+        DockerError: they have no room where the engine keeps its images.
+    """
+    folder, commit = order.folder, ""
+    if folder is None:
+        folder = _snapshot(order.model, order.revision, Hub())
+        commit = folder.name
+    files = list(weight_files(folder))
+    if not any(path.suffix in (".safetensors", ".bin", ".pt") for path in files):
+        raise ModelError(f"{folder} has no weights", "Leave out --with-weights, or name the folder that has them.")
+    size, free = sum(path.stat().st_size for path in files), engine.free_bytes()
+    # Sent once, then copied into the layer.
+    if free is not None and free < 2 * size:
+        raise DockerError(
+            f"the weights need {2 * size / 2**30:.1f} GiB where Docker keeps its images; {free / 2**30:.1f} are free",
+            "Free some: docker system df, docker system prune; or leave out --with-weights.",
+        )
+    return folder, commit
+
+
+def _snapshot(name: str, revision: str | None, hub: Hub) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                endpoint=hub.endpoint,
+                token=hub.token,
+                cache_dir=hub.cache,
+                etag_timeout=hub.timeout_s,
+                ignore_patterns=list(NOT_WEIGHTS),
+            )
+        )
+    except Exception as error:  # the client's own, its transport's, or a full disk
+        refused = refusal(name, revision, error)
+        raise (refused.error if isinstance(refused, UnreachableError) else refused) from None
+
+
+def build(engine: Engine, recipe: Recipe, tag: str, progress: Progress) -> str:
+    """Build the image.
+
+    Returns:
+        Its id.
+
+    Raises:
+        DockerError: a step fails.
+    """
+    total = sum(entry.size for entry in context(recipe))
+    steps, sent = max(1, total // _SENT), 0
+
+    def count(size: int) -> None:
+        nonlocal sent
+        before, sent = sent, sent + size
+        for _ in range(before // _SENT, min(sent // _SENT, steps)):
+            progress.advance(f"{sent / 2**30:.1f} GiB sent")
+
+    progress.phase(f"building {tag}", steps)
+    return engine.build(tar_pieces(context(recipe), count), tag, lambda line: _tell(line, progress))
+
+
+def _tell(line: str, progress: Progress) -> None:
+    """A line of the engine's build, less what it says of its own intermediate containers."""
+    if not line.startswith(("--->", "Removing intermediate", "Successfully")):
+        progress.note(line.removeprefix("moefix: ")[:200])
+
+
+# --- what to say -----------------------------------------------------------------------------------------------------
+
+
+def parse_gpus(text: str) -> Gpus | None:
+    """Cards as `docker run --gpus` takes them: all, 2, device=0, device=0,2 or device=GPU-...; None for "none".
+
+    Raises:
+        UsageError: it is neither.
+    """
+    words = text.strip().strip('"')
+    if words == "all":
+        return ALL_GPUS
+    if words == "none":
+        return None
+    if words.isascii() and words.isdigit() and 0 < int(words) < 1000:
+        return Gpus(int(words))
+    if re.fullmatch(r"device=[A-Za-z0-9:./-]+(,[A-Za-z0-9:./-]+)*", words):
+        return Gpus(devices=tuple(words.removeprefix("device=").split(",")))
+    raise UsageError(
+        f"--gpus is {text[:60]!r}",
+        "Write it as all, 1, device=0, device=0,2, or none where Docker's default runtime is NVIDIA's.",
+    )
+
+
+def how_to_start(order: Order) -> str:
+    """The command that starts the baked image."""
+    mount = f" -v {order.folder}:{order.folder}:ro" if order.folder and not order.with_weights else ""
+    return f"docker run --gpus all --ipc host -p 30000:30000 -v moefix:/data{mount} {order.tag}"

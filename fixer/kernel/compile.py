@@ -1,0 +1,256 @@
+"""Compile one candidate of SGLang's kernel for one architecture, with neither a GPU nor PyTorch.
+
+The kernel is taken from SGLang's source file: its `@triton.jit` functions, with every other line left blank. Line
+numbers stay as they are on purpose: Triton's cache key holds a function's source and its line, so what is compiled
+here is the server's own cache entry.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from fixer.base.errors import CompileError, SGLangError
+from fixer.kernel.arguments import LaunchContext, Product, Role, kernel_name, launch_arguments, operands
+from fixer.kernel.arguments import padded_tokens as sorted_length_of
+from fixer.artefacts.shelf import write_atomically
+from fixer.workload import Projection, Tile, Workload
+
+KERNELS = ("fused_moe_kernel", "fused_moe_kernel_gptq_awq")
+
+
+@dataclass(frozen=True)
+class KernelSource:
+    """SGLang's kernels, cut out of their file.
+
+    Attributes:
+        path: the file they come from.
+        text: the file with all but the kernels blanked out, line numbers kept.
+        sha256: of `text`; what was measured with another text does not count.
+    """
+
+    path: Path
+    text: str
+    sha256: str
+
+
+def read_kernel_source(path: Path) -> KernelSource:
+    """Cut the kernels and the `@triton.jit` functions they call out of a file of SGLang.
+
+    Raises:
+        SGLangError: the file cannot be read or lacks the kernel.
+    """
+    try:
+        source = path.read_text("utf-8")
+        functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+    except (OSError, SyntaxError, UnicodeDecodeError) as error:
+        raise SGLangError(f"SGLang's kernel in {path} cannot be read: {error}.") from error
+    jitted = {name: node for name, node in functions.items() if _is_jitted(node)}
+    wanted = {name for name in KERNELS if name in jitted}
+    if KERNELS[0] not in wanted:
+        raise SGLangError(f"{path} has no @triton.jit function {KERNELS[0]}.")
+    while True:  # the functions that they call, and those that these call
+        called = {name.id for kernel in wanted for name in ast.walk(jitted[kernel]) if isinstance(name, ast.Name)}
+        found = wanted | (called & jitted.keys())
+        if found == wanted:
+            break
+        wanted = found
+    text = _blank_all_but(source.splitlines(), [jitted[name] for name in wanted])
+    return KernelSource(path, text, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _is_jitted(node: ast.FunctionDef) -> bool:
+    return any(ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list)
+
+
+def _blank_all_but(lines: list[str], functions: list[ast.FunctionDef]) -> str:
+    keep = {
+        number
+        for function in functions
+        for number in range(function.decorator_list[0].lineno, (function.end_lineno or function.lineno) + 1)
+    }
+    kept = [line if number in keep else "" for number, line in enumerate(lines, start=1)]
+    if kept[0]:
+        raise SGLangError("SGLang's kernel starts on the first line of its file; there is no room for the imports.")
+    kept[0] = "import triton; import triton.language as tl"
+    return "\n".join(kept).rstrip() + "\n"
+
+
+@lru_cache(maxsize=4)
+def load_kernels(source: KernelSource, folder: Path) -> Any:
+    """Import the cut-out kernels as a module; its file is kept in `folder`, since Triton reads sources from files."""
+    path = folder / f"sglang_kernels_{source.sha256[:16]}.py"
+    # A copy that somebody changed is worth nothing: it is written anew.
+    if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != source.sha256:
+        write_atomically(path, source.text.encode())
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise CompileError(f"{path} cannot be imported.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class CompileOutcome(Enum):
+    """How the compilation of a candidate ended."""
+
+    OK = "ok"
+    FAILED = "compile error"
+    DEADLINE = "compile deadline"
+    CRASHED = "crashed"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to compile for: SGLang's kernel, an architecture (89, 90, 120), and where files may be kept."""
+
+    source: KernelSource
+    arch: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A tile for a projection of a workload.
+
+    `tokens` is None for a compilation that is valid for every M (the token counts are taken as divisible by
+    nothing), or the M whose exact argument specialisation is wanted, as the server's own launch would have it.
+    """
+
+    workload: Workload
+    projection: Projection
+    tile: Tile
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What came of compiling a candidate.
+
+    Attributes:
+        shared_bytes: shared memory a block needs; 0 unless the outcome is OK.
+        seconds: how long it took; about 0 for one that Triton's cache already had.
+        message: the compiler's complaint, "" where there is none.
+    """
+
+    outcome: CompileOutcome
+    shared_bytes: int = 0
+    seconds: float = 0.0
+    message: str = ""
+
+
+class _PlanningDriver:
+    """Stands in for the CUDA driver, so that Triton compiles for a card that is not there."""
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_current_device(self) -> int:
+        # Triton keeps what it compiled by device: one number for each architecture keeps them apart.
+        return int(self._target.arch)
+
+    def get_current_stream(self, device: int) -> int:
+        return device
+
+
+@contextmanager
+def planning_driver(arch: int) -> Iterator[None]:
+    """Have Triton believe that the current device is of an architecture, in this process."""
+    try:
+        from triton.backends.compiler import GPUTarget
+        from triton.runtime import driver
+    except ImportError as error:
+        raise CompileError("Triton is not installed.", "pip install triton (Linux only).") from error
+    before = driver._active
+    driver.set_active(_PlanningDriver(GPUTarget("cuda", arch, 32)))
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+_ANY_TOKENS = 1009
+"""A prime: compiled with token counts that are multiples of nothing, a kernel is right for all of them."""
+
+
+def compile_candidate(target: Target, candidate: Candidate) -> Compiled:
+    """Compile under `planning_driver`; a candidate that does not compile is an outcome, not an error."""
+    started = time.monotonic()
+    try:
+        kernel = warm_kernel(target, candidate)
+    except SGLangError:
+        raise
+    except Exception as error:  # whatever the compiler throws at a bad tile
+        return Compiled(CompileOutcome.FAILED, seconds=time.monotonic() - started, message=complaint(error))
+    return Compiled(CompileOutcome.OK, int(kernel.metadata.shared), time.monotonic() - started)
+
+
+def complaint(error: BaseException) -> str:
+    """One line of a compiler's or loader's error: its name and what it says.
+
+    Triton's CompilationError begins with the place and ends with the reason; others begin with what matters.
+    """
+    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+    name = type(error).__name__
+    return f"{name}: {lines[-1 if name == 'CompilationError' else 0]}"[:500]
+
+
+def warm_kernel(target: Target, candidate: Candidate) -> Any:
+    """Triton's compiled kernel for a candidate, from its cache where it is there; nothing is launched."""
+    function = kernel_function(target, candidate.workload)
+    return function.warmup(**compile_arguments(function, target.arch, candidate), grid=(1,))
+
+
+def kernel_function(target: Target, workload: Workload) -> Any:
+    """The `@triton.jit` function that a workload runs."""
+    return getattr(load_kernels(target.source, target.folder), kernel_name(workload))
+
+
+def compile_arguments(function: Any, arch: int, candidate: Candidate) -> dict[str, Any]:
+    """The arguments of a candidate's launch, with shapes in the place of tensors."""
+    workload, tile = candidate.workload, candidate.tile
+    anything = candidate.tokens is None
+    product = Product(workload, candidate.projection, _ANY_TOKENS if candidate.tokens is None else candidate.tokens)
+    length = _ANY_TOKENS if anything else sorted_length_of(workload, product.tokens, tile.block_m)
+    tensors = operands(product, tile, length)
+    context = LaunchContext(
+        arch=arch,
+        compute_type=compute_type(workload),
+        descriptors=_descriptors(tile, tensors[Role.A], tensors[Role.B]) if tile.use_tma else None,
+        valid_tokens=_ANY_TOKENS if anything else None,
+    )
+    return launch_arguments([parameter.name for parameter in function.params], product, tile, tensors, context)
+
+
+def compute_type(workload: Workload) -> Any:
+    """The kernel's `compute_type`: SGLang takes float16 for everything but bfloat16 (fused_moe.py:488)."""
+    import triton.language as tl
+
+    return tl.bfloat16 if workload.activation_dtype == "bfloat16" else tl.float16
+
+
+def _descriptors(tile: Tile, a: Any, b: Any) -> tuple[Any, Any]:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    def describe(tensor: Any, block: list[int]) -> Any:
+        strides = [tensor.stride(dimension) for dimension in range(len(tensor.shape))]
+        return TensorDescriptor(tensor, list(tensor.shape), strides, block)
+
+    return describe(a, [tile.block_m, tile.block_k]), describe(b, [1, tile.block_n, tile.block_k])
+
+
+def always_spills(tile: Tile) -> bool:
+    """Whether the float32 accumulator alone needs more than the 255 registers that a thread can have."""
+    return tile.block_m * tile.block_n > 255 * 32 * tile.num_warps

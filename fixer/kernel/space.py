@@ -1,0 +1,131 @@
+"""The configurations that can be tried: the whole space, what a workload allows of it, a tile's neighbours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
+from fixer.kernel.compile import always_spills
+from fixer.workload import Projection, Tile, Workload
+
+AXES: dict[str, tuple[int, ...]] = {
+    "block_m": (16, 32, 64, 128, 256),
+    "block_n": (32, 64, 128, 256),
+    "block_k": (64, 128, 256),
+    "group_m": (1, 16, 32, 64),
+    "num_warps": (4, 8),
+    "num_stages": (2, 3, 4, 5),
+}
+"""SGLang's own tuning space (its tuning script's `get_configs_compute_bound`), 1920 configurations."""
+
+
+FAR_STEPS = ("group_m", "num_stages")
+"""Axes along which every other value is one step away: their landscape has valleys (128x128x128 with 4 warps gets
+slower from 3 stages to 4 and 1 % faster with 5, on an H100 at M = 1536)."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One move along one axis of the space."""
+
+    axis: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a workload allows of the space.
+
+    Attributes:
+        workload: block-wise scales bind BLOCK_SIZE_K: a step along K must stay within one block's scale.
+    """
+
+    workload: Workload
+
+    def allows(self, tile: Tile) -> bool:
+        """Whether a tile computes the right result and can be fast (a spilling accumulator never is)."""
+        if always_spills(tile) or tile.use_tma:
+            return False
+        block_shape = self.workload.block_shape
+        return block_shape is None or block_shape[1] % tile.block_k == 0
+
+    def all(self) -> Iterator[Tile]:
+        """Every allowed configuration, in a stable order."""
+        for block_m, block_n, block_k, group_m, num_warps, num_stages in product(*AXES.values()):
+            tile = Tile(block_m, block_n, block_k, group_m, num_warps, num_stages)
+            if self.allows(tile):
+                yield tile
+
+    def steps(self, tile: Tile) -> Iterator[tuple[Step, Tile]]:
+        """The allowed configurations one step away, each with the step that leads to it."""
+        for axis, values in AXES.items():
+            value = getattr(tile, axis)
+            for after in _one_step_away(axis, value, values):
+                neighbour = replace(tile, **{axis: after}, use_tma=False)
+                if self.allows(neighbour):
+                    yield Step(axis, value, after), neighbour
+
+    def neighbours(self, tile: Tile) -> Iterator[Tile]:
+        """The allowed configurations one step along one axis away."""
+        return (neighbour for _, neighbour in self.steps(tile))
+
+
+def _one_step_away(axis: str, value: int, values: tuple[int, ...]) -> list[int]:
+    """The next smaller and the next larger value of an axis (a shipped file's value may lie between)."""
+    smaller = [other for other in values if other < value]
+    larger = [other for other in values if other > value]
+    return [*smaller, *larger] if axis in FAR_STEPS else [*smaller[-1:], *larger[:1]]
+
+
+def distance(a: Tile, b: Tile) -> float:
+    """How far two tiles lie apart: 1 for each doubling of a block size or of the warps, 0.5 for what matters less."""
+    blocks = sum(
+        abs(math.log2(mine / other))
+        for mine, other in ((a.block_m, b.block_m), (a.block_n, b.block_n), (a.block_k, b.block_k))
+    )
+    minor = abs(a.num_stages - b.num_stages) + (a.group_m != b.group_m)
+    return blocks + (a.num_warps != b.num_warps) + 0.5 * minor
+
+
+TALL = 64
+"""Blocks of at least so many rows are never too low: with hundreds of tokens an expert the weights stay in L2 anyway,
+and a block's height is bounded by registers and shared memory (Mixtral at M = 4096 has 1024 tokens an expert)."""
+
+
+def tokens_per_expert(workload: Workload, tokens: int) -> float:
+    """The mean number of tokens of an expert under uniform routing: M * top_k over the experts of all ranks."""
+    return tokens * workload.top_k / (workload.experts * workload.ep_size)
+
+
+def makes_sense(tile: Tile, workload: Workload, tokens: int) -> bool:
+    """Whether a block of BLOCK_SIZE_M rows can be a good fit for M = `tokens`.
+
+    An expert gets t tokens on average (`tokens_per_expert`). A block many times taller computes padding, one many times
+    lower loads the expert's weights over and over. In the H100 landscape the best block height is never more
+    than 16 t (32 where t is below 2) and never less than t / 4; the margins leave room for skewed routing.
+    """
+    mean = tokens_per_expert(workload, tokens)
+    return min(mean / 4, TALL) <= tile.block_m <= max(32.0, 16 * mean)
+
+
+def impossible_after(refused: Tile, tile: Tile) -> bool:
+    """Whether a tile needs at least the shared memory of one that was compiled and did not fit.
+
+    Shared memory grows with each block size and with the number of stages, all else equal; so what did not fit says
+    something of its larger relatives, and no formula is needed.
+    """
+    return (
+        tile.num_warps == refused.num_warps
+        and tile.group_m == refused.group_m
+        and tile.block_m >= refused.block_m
+        and tile.block_n >= refused.block_n
+        and tile.block_k >= refused.block_k
+        and tile.num_stages >= refused.num_stages
+    )
+
+
+BOTH = (Projection.GATE_UP, Projection.DOWN)
+"""The projections in the order in which a layer runs them."""

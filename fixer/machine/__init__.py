@@ -1,0 +1,1 @@
+"""This machine: cards, driver, signals, processes. Uses base."""

@@ -1,0 +1,1 @@
+"""The weights' download, in a process of its own."""

@@ -1,0 +1,1 @@
+"""Small rules for E, N and number format, where SGLang itself cannot be asked."""

@@ -1,0 +1,1 @@
+"""From flags to a running server whose log proves that it took the files."""

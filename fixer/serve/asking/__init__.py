@@ -1,0 +1,1 @@
+"""Ask a started SGLang which file it looks for."""

@@ -1,0 +1,77 @@
+"""What the log's relay is told of a start: what to expect of SGLang, and where to keep what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from fixer.serve.asked import find, question_of, record_path
+from fixer.model.rules.decide import Outcome
+from fixer.sglang.flags import ServerFlags
+from fixer.artefacts.install import Installation
+from fixer.serve.log.relay import Settings
+from fixer.serve.situation import Situation
+from fixer.serve.log.verdict import Expected
+from fixer.workload import Projection
+
+LOOKS = (Outcome.ASKS, Outcome.UNCERTAIN, Outcome.ASKS_THEN_CRASHES)
+"""Outcomes with which SGLang looks for a file."""
+
+
+def relay_settings(
+    situation: Situation, installations: Sequence[Installation], home: Path, state: Path, *, quiet: bool
+) -> Settings:
+    """The relay's settings for a server that is about to start.
+
+    Args:
+        installations: what moefix installed, one for each kind of card at most.
+        state: this process's state file.
+    """
+    question = question_of(situation, 0)
+    asked, _ = find(home, question)
+    known = ((asked.gate_up, asked.down),) if asked is not None and asked.gate_up else ()
+    return Settings(
+        expected=expectation(situation, installations, known),
+        card=situation.cards[0][0].name,
+        quiet=quiet,
+        state=str(state),
+        record=str(record_path(home, question)),
+        question=asdict(question),
+    )
+
+
+def expectation(
+    situation: Situation, installations: Sequence[Installation], known: tuple[tuple[str, str], ...] = ()
+) -> Expected:
+    """What SGLang's log should say. SGLang names its files after the first card, which is of the first kind.
+
+    Args:
+        known: names that are on record already, whether moefix could tune for them or not.
+    """
+    first, flags, tree = situation.decisions[0], situation.flags, situation.tree
+    reads_down = tree.reads_down_file
+    names = tuple(
+        (tree.file_name(decision.workload, cards[0], up), tree.file_name(decision.workload, cards[0], down))
+        for cards, decision in zip(situation.cards, situation.decisions, strict=True)
+        for up, down in [(Projection.GATE_UP, Projection.DOWN)]
+        if decision.workload is not None
+    )
+    return Expected(
+        pairs=tuple((str(each.gate_up_path), str(each.down_path) if reads_down else "") for each in installations),
+        names=(*names, *known),
+        reads_down=reads_down,
+        asks=first.outcome in LOOKS,
+        reason=first.reason,
+        kernel=first.kernel,
+        log_level=flags.log_level,
+        lazy=flags.disable_cuda_graph and flags.skip_server_warmup,
+    )
+
+
+def server_url(flags: ServerFlags) -> str:
+    """Where the server is to be asked whether it is healthy; a server on all interfaces is asked on the loopback."""
+    given = flags.host or "127.0.0.1"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}.get(given, given)  # noqa: S104
+    shown = f"[{host}]" if ":" in host and not host.startswith("[") else host
+    return f"{'https' if flags.ssl_certfile else 'http'}://{shown}:{flags.port}"

@@ -1,0 +1,74 @@
+"""What `tune` and `serve` start from: the model, the cards, SGLang's tree, and what SGLang does with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fixer.model.rules.decide import Decision, Outcome, decide
+from fixer.base.errors import CardError
+from fixer.sglang.flags import ServerFlags, parse_flags
+from fixer.machine.cards import Card, kinds, visible_cards, with_shared_memory_limit
+from fixer.model.rules.ladder import ladder
+from fixer.model.config import Model, load_model
+from fixer.sglang.tree import Tree, find_tree
+
+TUNABLE = (Outcome.ASKS, Outcome.UNCERTAIN)
+"""Outcomes with which SGLang reads a tuning file and gets past it."""
+
+
+@dataclass(frozen=True)
+class Situation:
+    """One model on this machine.
+
+    Attributes:
+        model: its geometry.
+        flags: the user's SGLang flags.
+        tree: the SGLang that will serve.
+        cards: the visible cards, by kind.
+        decisions: what SGLang does on each kind.
+    """
+
+    model: Model
+    flags: ServerFlags
+    tree: Tree
+    cards: tuple[tuple[Card, ...], ...]
+    decisions: tuple[Decision, ...]
+
+    def rows(self, kind: int) -> tuple[int, ...]:
+        """The batch sizes M that a server on that kind of card needs rows for."""
+        workload = self.decisions[kind].workload
+        card = self.cards[kind][0]
+        return ladder(self.flags, card, self.tree.version, workload) if workload is not None else ()
+
+
+def look_around(
+    argv: Sequence[str], *, home: Path, sglang_root: Path | None = None, smem_limit: int | None = None
+) -> Situation:
+    """Find out everything that needs no measuring. Imports neither PyTorch nor Triton nor SGLang.
+
+    Args:
+        argv: the user's SGLang flags, the model among them.
+        home: the data folder.
+        sglang_root: a tree to use instead of the installed one.
+        smem_limit: a lower limit of shared memory per block, in bytes.
+
+    Raises:
+        MoefixError: no card, no SGLang, no such model, flags that contradict one another.
+    """
+    flags = parse_flags(argv)
+    model = load_model("", flags)
+    cards = visible_cards()
+    if not cards:
+        raise CardError(
+            "No NVIDIA card is visible here.",
+            "In Docker, start with --gpus all; to plan without a card: moefix plan --gpu NAME.",
+        )
+    if smem_limit is not None:
+        cards = tuple(with_shared_memory_limit(card, smem_limit) for card in cards)
+    tree = find_tree(str(sglang_root) if sglang_root else None, None, home / "cache", fetch=False)
+    by_kind = kinds(cards)
+    return Situation(
+        model, flags, tree, by_kind, tuple(decide(model, flags, kind[0], tree.version) for kind in by_kind)
+    )

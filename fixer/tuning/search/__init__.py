@@ -1,0 +1,1 @@
+"""What to try next, from what was timed. Pure: no torch, no card."""
