@@ -37,13 +37,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fixer.serve.asked import Asked, find, keep, question_of  # noqa: E402
-from fixer.sglang.flags import parse_flags  # noqa: E402
-from fixer.artefacts.install import parse_table, read_pair  # noqa: E402
-from fixer.serve.launch import split_flags  # noqa: E402
+from fixer.artefacts.artefact import Artefact  # noqa: E402
+from fixer.artefacts.environment import environment_of  # noqa: E402
+from fixer.artefacts.install import read_pair  # noqa: E402
+from fixer.artefacts.shelf import find_artefact, save_artefact  # noqa: E402
+from fixer.base.files import utc_now  # noqa: E402
+from fixer.serve.asked import Asked, find, keep  # noqa: E402
+from fixer.serve.asked_question import question_of  # noqa: E402
+from fixer.serve.options import split_flags  # noqa: E402
 from fixer.serve.situation import Situation, look_around  # noqa: E402
-from fixer.artefacts.shelf import Artefact, find_artefact, save_artefact, utc_now  # noqa: E402
-from fixer.tuning.session import environment_of  # noqa: E402
+from fixer.sglang.flags import parse_flags  # noqa: E402
+from fixer.sglang.tuning_files import parse_table  # noqa: E402
 from fixer.workload import NumberFormat, Tile  # noqa: E402
 
 VERDICT = re.compile(

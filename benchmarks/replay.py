@@ -16,10 +16,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a clean checkout needs no installation
 
+from fixer.base.data_folder import data_home  # noqa: E402
 from fixer.base.errors import MoefixError, UsageError  # noqa: E402
 from fixer.machine.cards import Card, find_card  # noqa: E402
-from fixer.sglang.tree import PINNED, Tree, find_tree  # noqa: E402
-from fixer.artefacts.shelf import data_home  # noqa: E402
+from fixer.sglang.find_tree import find_tree  # noqa: E402
+from fixer.sglang.releases import PINNED  # noqa: E402
+from fixer.sglang.tree import Tree  # noqa: E402
 from fixer.tuning.search.replay import Recording, Regret, ReplayRunner  # noqa: E402
 from fixer.tuning.search.runner import run_search  # noqa: E402
 from fixer.tuning.search.search import Limits, Search  # noqa: E402

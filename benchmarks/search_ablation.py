@@ -21,16 +21,24 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from fixer.base.data_folder import data_home  # noqa: E402
+from fixer.kernel.space import AXES  # noqa: E402
 from fixer.machine.cards import Card, find_card  # noqa: E402
-from fixer.sglang.tree import PINNED, TuningFile, find_tree  # noqa: E402
-from fixer.artefacts.shelf import data_home  # noqa: E402
+from fixer.sglang.find_tree import find_tree  # noqa: E402
+from fixer.sglang.releases import PINNED  # noqa: E402
+from fixer.sglang.tree import TuningFile  # noqa: E402
 from fixer.tuning.search.replay import Recorded, Recording, Regret, ReplayRunner  # noqa: E402
 from fixer.tuning.search.runner import Look, Request, run_search  # noqa: E402
 from fixer.tuning.search.search import Search  # noqa: E402
 from fixer.tuning.search.seeds import seeds  # noqa: E402
-from fixer.kernel.space import AXES  # noqa: E402
-from fixer.tuning.search.trials import Kernel, Timing  # noqa: E402
-from fixer.workload import NumberFormat, Projection, Tile, Workload  # noqa: E402
+from fixer.tuning.search.trials import Timing  # noqa: E402
+from fixer.workload import (  # noqa: E402
+    Kernel,  # noqa: E402
+    NumberFormat,
+    Projection,
+    Tile,
+    Workload,
+)
 
 LANDSCAPE = ROOT / "benchmarks/recordings/qwen3-30b-a3b-fp8-channel.h100.csv.gz"
 QWEN = Workload(128, 768, 2048, 8, NumberFormat.FP8_W8A8, per_channel_quant=True)

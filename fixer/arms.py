@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 
+from fixer.artefacts.install import Pair
 from fixer.base.errors import StoreError
-from fixer.artefacts.install import Pair, render_table
+from fixer.base.files import make_folder, write_together
 from fixer.sglang.tree import BEFORE_MOEFIX, Tree
-from fixer.artefacts.shelf import make_folder, write_together
+from fixer.sglang.tuning_files import render_table
 
 
 class Side(Enum):

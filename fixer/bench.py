@@ -12,21 +12,26 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from fixer import __version__
+from fixer.artefacts.artefact import Artefact
+from fixer.artefacts.install import Pair
+from fixer.artefacts.shelf import artefact_path
+from fixer.base.errors import MoefixError, SGLangError, StoreError, TuneError
+from fixer.base.files import utc_now
+from fixer.base.locks import Lock
+from fixer.base.progress import Progress
+from fixer.base.voice import Voice
 from fixer.bench_results import BenchEnvironment, BenchResult, Kind
 from fixer.bench_verdict import judged_row, overall_rows
-from fixer.base.errors import MoefixError, SGLangError, StoreError, TuneError
-from fixer.machine.cards import Card, visible_cards
-from fixer.artefacts.install import Pair
-from fixer.serve.launch import MoefixOptions
-from fixer.base.progress import Progress
-from fixer.serve.serve import Voice, artefact_for, importable_package
-from fixer.sglang_server import OUT_OF_SHARED_MEMORY
-from fixer.sglang.tree import OwnChoice, own_choices
-from fixer.serve.situation import Situation, TUNABLE, look_around
-from fixer.artefacts.shelf import Artefact, Lock, artefact_path, utc_now
-from fixer.tuning.duel import Duel, DuelRequest, TilePair
+from fixer.machine.cards import Card
+from fixer.machine.driver import visible_cards
 from fixer.machine.worker import ChildProcess, Factory, Fate
-from fixer.workload import Tile, Workload
+from fixer.serve.find_or_tune import artefact_for, importable_package
+from fixer.serve.options import MoefixOptions
+from fixer.serve.situation import TUNABLE, Situation, look_around
+from fixer.sglang.own_choices import OwnChoice, own_choices
+from fixer.sglang.server import OUT_OF_SHARED_MEMORY
+from fixer.tuning.duel import Duel, DuelRequest
+from fixer.workload import Tile, TilePair, Workload
 
 DEFAULT_ROUNDS = 3
 """Each captures its graphs anew, on other memory, with the sides in the other order."""
@@ -113,7 +118,7 @@ class Subject:
 
     def lock(self, progress: Progress) -> Lock:
         """The card for this process alone, among all that tune or measure on this data folder."""
-        from fixer.tuning.session import turn
+        from fixer.tuning.turn import turn
 
         return turn(self.home, self.card, progress)
 
@@ -217,8 +222,8 @@ DUEL_SECONDS = 120.0
 
 
 def _layer(subject: Subject) -> Factory:
+    from fixer.kernel.cache import server_triton_cache
     from fixer.tuning.session import build_layer
-    from fixer.tuning.precompile import server_triton_cache
 
     package = importable_package(subject.situation)
     if package is None:

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import click
 
+from fixer.base.data_folder import data_home
+from fixer.base.errors import UsageError
+from fixer.base.progress import terminal_progress
+from fixer.base.status import Phase
+from fixer.base.status_board import Board, new_board, posted
+from fixer.base.voice import Voice
 from fixer.bench import DEFAULT_ROUNDS, Subject, bench_kernel, find_subject
 from fixer.bench_results import BenchResult, Kind, result_path, results_for, save_result
 from fixer.bench_serve import ServePlan, bench_serve
-from fixer.base.errors import UsageError
-from fixer.serve.launch import MoefixOptions, split_flags
-from fixer.base.progress import terminal_progress
-from fixer.serve.serve import Voice
-from fixer.base.status_board import Board, Phase, new_board, posted
-from fixer.artefacts.shelf import data_home
+from fixer.serve.options import MoefixOptions, split_flags
 
 OWN_LIMIT = "own"
 """In place of a number of bytes: the card's own limit of shared memory."""

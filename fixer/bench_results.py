@@ -14,7 +14,8 @@ from datetime import datetime, timezone
 from enum import Enum
 from pathlib import Path
 
-from fixer.artefacts.shelf import Reader, check_file_name, parse_object, read_or_set_aside, write_atomically
+from fixer.base.files import check_file_name, read_or_set_aside, write_atomically
+from fixer.base.json_reading import Reader, parse_object
 
 SCHEMA = 1
 

@@ -16,20 +16,20 @@ from pathlib import Path
 import httpx
 
 from fixer.arms import Side, make_arm
+from fixer.base.errors import SGLangError, UsageError
+from fixer.base.files import make_folder, read_bounded
+from fixer.base.progress import Progress
+from fixer.base.voice import Voice
 from fixer.bench import Subject
 from fixer.bench_results import Arm, Arms, BenchResult, Kind, Latency, Load, ServeLoad, Verdict
 from fixer.bench_verdict import judged, overall
-from fixer.machine.processes import end_group, free_port, start_child
-from fixer.base.errors import SGLangError, UsageError
-from fixer.serve.launch import server_command
 from fixer.load import FIRST_ID, Pass, run_pass
-from fixer.model.config import Model
-from fixer.base.progress import Progress
-from fixer.serve.serve import Voice
-from fixer.sglang_server import HEALTH, OUT_OF_SHARED_MEMORY, SERVER_INFO, client_command, files_used, is_plain_model, local_flags, read_client_output
-from fixer.sglang.tree import CONFIG_DIR_VARIABLE
+from fixer.machine.processes import end_group, free_port, start_child
 from fixer.machine.signals import deferred
-from fixer.artefacts.shelf import make_folder, read_bounded
+from fixer.model.config import Model
+from fixer.sglang.server import HEALTH, OUT_OF_SHARED_MEMORY, SERVER_INFO, files_used, local_flags, server_command
+from fixer.sglang.tree import CONFIG_DIR_VARIABLE
+from fixer.sglang_server import client_command, is_plain_model, read_client_output
 
 FULL_LOADS = (
     Load(1, 256, 256, 8),

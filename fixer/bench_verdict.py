@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from fixer.bench_results import Arm, Arms, KernelRow, ServeLoad, Verdict
-from fixer.tuning.duel import CONFIDENCE, Duel, LEAST_GAIN
+from fixer.tuning.duel import CONFIDENCE, LEAST_GAIN, Duel
 
 LEAST_DIFFERENCE = 0.01
 """Two servers' throughput differs by at least this fraction, or the verdict is neutral."""

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fixer.base.console import plain_or_terminal
 from fixer.bench_results import Arm, BenchResult, KernelRow, Kind, Latency, ServeLoad, Verdict, headline
-from fixer.plan.view import plain_or_terminal
 
 _STYLES = {Verdict.FASTER: "green", Verdict.SLOWER: "red", Verdict.CURED: "green", Verdict.NEUTRAL: ""}
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import httpx
 
-from fixer.bench_results import Load
 from fixer.base.errors import SGLangError
+from fixer.bench_results import Load
 
 REQUEST_SECONDS = 300.0
 """A request that takes longer has failed."""

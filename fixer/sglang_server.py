@@ -6,33 +6,13 @@ Read off 0.5.17 (`srt/entrypoints/http_server.py`, `benchmark/serving.py`, `fuse
 from __future__ import annotations
 
 import json
-import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from fixer.bench_results import Load
 from fixer.base.errors import MoefixError
-from fixer.sglang.flags import plain_flags
+from fixer.bench_results import Load
 from fixer.load import Pass
-from fixer.model.config import read_json
-from fixer.sglang.log_lines import read_line
-
-HEALTH, FLUSH_CACHE, SERVER_INFO = "/health", "/flush_cache", "/server_info"
-
-OUT_OF_SHARED_MEMORY = re.compile(r"OutOfResources|out of resources?: shared memory")
-
-
-def local_flags(flags: Sequence[str], port: int) -> list[str]:
-    """The user's flags for a server on 127.0.0.1 that only this process asks. The last of a repeated flag counts."""
-    return [*plain_flags(flags), "--host", "127.0.0.1", "--port", str(port)]
-
-
-def files_used(log: str) -> tuple[Path, ...]:
-    """The MoE tuning files that the server's log says it read, each once, in order; none for its built-in defaults."""
-    lines = (read_line(line) for line in log.splitlines())
-    return tuple(dict.fromkeys(Path(line.used) for line in lines if line is not None and line.used))
-
+from fixer.model.config_file import read_json
 
 # --- SGLang's own load tool ------------------------------------------------------------------------------------------
 

@@ -129,3 +129,53 @@ class Workload:
     gated: bool = True
     tp_size: int = 1
     ep_size: int = 1
+
+
+TILE_LIMITS = {"block_m": 512, "block_n": 512, "block_k": 1024, "group_m": 4096, "num_warps": 32, "num_stages": 12}
+"""The largest value that makes sense in each part of a tile. SGLang's 827 shipped NVIDIA files stay at or below
+256, 256, 256, 128, 16 and 8; the kernel's dot product needs blocks of 16 at least; a thread block has 32 warps."""
+
+
+def check_tile(tile: Tile) -> Tile:
+    """The tile itself, if it makes sense for the kernel.
+
+    Raises:
+        ValueError: a part of it is absurd, such as a block of 4096, of 1 or of 48.
+    """
+    Tile.from_json(tile.to_json())
+    for name, most in TILE_LIMITS.items():
+        least = 16 if name.startswith("block") else 1
+        value = getattr(tile, name)
+        if not least <= value <= most:
+            raise ValueError(f"{name} is {value}, outside {least} to {most}")
+    return tile
+
+
+@dataclass(frozen=True)
+class TilePair:
+    """The configurations of one row; they share BLOCK_SIZE_M."""
+
+    gate_up: Tile
+    down: Tile
+
+    @property
+    def kernels(self) -> tuple[Kernel, Kernel]:
+        """The two kernels, gate-up first."""
+        return Kernel(Projection.GATE_UP, self.gate_up), Kernel(Projection.DOWN, self.down)
+
+    @property
+    def use_tma(self) -> bool:
+        """Whether one of them loads through tensor descriptors (SGLang's layer only: the sorting differs)."""
+        return self.gate_up.use_tma or self.down.use_tma
+
+
+BOTH = (Projection.GATE_UP, Projection.DOWN)
+"""The projections in the order in which a layer runs them."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One thing to compile: a tile for a projection."""
+
+    projection: Projection
+    tile: Tile

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fixer.model.rules.decide import decide
-from fixer.sglang.flags import parse_flags
+from fixer.artefacts.artefact import Artefact, Decision, RowChoice
+from fixer.artefacts.environment import environment_of
 from fixer.machine.cards import Card
-from fixer.model.rules.ladder import ladder
 from fixer.model.config import load_model
+from fixer.model.rules.decide import decide
+from fixer.model.rules.ladder import ladder
+from fixer.sglang.flags import parse_flags
 from fixer.sglang.tree import Tree
-from fixer.artefacts.shelf import Artefact, Decision, RowChoice
-from fixer.tuning.session import environment_of
 from fixer.workload import Tile
 
 RTX_4090 = Card("NVIDIA GeForce RTX 4090", (8, 9), 101376, 24564, 0, "580.159.03")

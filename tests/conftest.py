@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from lookup_cases import CASES
 
-from fixer.sglang.tree import RELEASES, Tree, fetched_tree
+from fixer.sglang.find_tree import fetched_tree
+from fixer.sglang.releases import RELEASES
+from fixer.sglang.tree import Tree
 
 REPOSITORY = Path(__file__).parent.parent
 

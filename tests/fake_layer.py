@@ -8,7 +8,8 @@ import signal
 from zlib import crc32
 
 from fixer.base.errors import TuneError
-from fixer.tuning.duel import Duel, DuelRequest, TilePair, Via
+from fixer.tuning.duel import Duel, DuelRequest, Via
+from fixer.workload import TilePair
 
 LOG, FAULTS = "FAKE_LAYER_LOG", "FAKE_LAYER_FAULTS"
 """Environment variables: where each request is written; JSON: M to a fault.

@@ -18,8 +18,8 @@ from zlib import crc32
 from fixer.tuning.duel import Duel, DuelRequest, KernelDuel, Via
 from fixer.tuning.measure.requests import LOOK_REPLAYS, LookAt
 from fixer.tuning.search.runner import Look
-from fixer.tuning.search.trials import Build, Kernel, Outcome, Timing
-from fixer.workload import Projection, Tile
+from fixer.tuning.search.trials import Build, Outcome, Timing
+from fixer.workload import Kernel, Projection, Tile
 
 LOG, FAULTS, PAUSE = "FAKE_LOG", "FAKE_FAULTS", "FAKE_PAUSE"
 """Environment variables: the file that every measurement is written to; what misbehaves; seconds a measurement."""
@@ -260,7 +260,7 @@ def small_job(package: Path, home: Path, *, cards: int = 1, **options):
     """A job of few rows for a small layer on a card that is not there."""
     from fixer.machine.cards import Card
     from fixer.sglang.tree import Tree
-    from fixer.tuning.session import Job
+    from fixer.tuning.job import Job
     from fixer.workload import Workload
 
     tree = Tree(Path(package), "0.5.17", "3.6.0")
@@ -286,7 +286,7 @@ def tune_small(job, progress=None, kernels: int = 24, factory=measure):
         mock.patch.object(fixer.tuning.session, "Search", partial(Search, limits=limits)),
     ):
         progress = progress or Silent()
-        with fixer.tuning.session.turn(job.home, job.card, progress):
+        with fixer.tuning.turn.turn(job.home, job.card, progress):
             return fixer.tuning.session.tune(job, progress)
 
 
@@ -323,7 +323,7 @@ class InstantPool:
         self._waiting += candidates
 
     def poll(self, timeout: float = 0.0) -> list:
-        from fixer.kernel.compile import CompileOutcome, Compiled
+        from fixer.kernel.compile import Compiled, CompileOutcome
 
         some, self._waiting = self._waiting[:4], self._waiting[4:]
         return [(candidate, Compiled(CompileOutcome.OK, 4096, 0.5)) for candidate in some]

@@ -7,12 +7,25 @@ from pathlib import Path
 
 import fakes
 
-from fixer.bench_results import Arm, Arms, BenchEnvironment, BenchResult, Kind, Latency, Load, ServeLoad, Verdict, result_path, save_result
-from fixer.artefacts.shelf import Artefact, Decision, RowChoice, save_artefact
+from fixer.artefacts.artefact import Artefact, Decision, RowChoice
+from fixer.artefacts.shelf import save_artefact
+from fixer.bench_results import (
+    Arm,
+    Arms,
+    BenchEnvironment,
+    BenchResult,
+    Kind,
+    Latency,
+    Load,
+    ServeLoad,
+    Verdict,
+    result_path,
+    save_result,
+)
 from fixer.tuning.journal import Journal, RunKey
 from fixer.tuning.search.runner import Look
-from fixer.tuning.search.trials import Build, Kernel, Outcome, Timing
-from fixer.workload import Projection, Tile
+from fixer.tuning.search.trials import Build, Outcome, Timing
+from fixer.workload import Kernel, Projection, Tile
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "h200"
 FP8 = RESULTS / "qwen3-30b-a3b-fp8-dynamic.artefact.json"

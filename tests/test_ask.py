@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from fixer.serve.asking.ask import asking_flags, few_layers, layers_to_experts
-from fixer.sglang.flags import parse_flags
 from fixer.model.config import model_from_config
+from fixer.serve.asking.ask import asking_flags
+from fixer.serve.asking.few_layers import few_layers, layers_to_experts
+from fixer.sglang.flags import parse_flags
 
 
 @pytest.mark.parametrize(

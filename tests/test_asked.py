@@ -7,14 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fixer.serve import asked as asking
-from fixer.serve.asked import Asked, Question, decision_for, find, keep, question_of, record_path
-from fixer.model.rules.decide import Outcome, decide, layer_workload
-from fixer.sglang.flags import parse_flags
 from fixer.machine.cards import find_card
 from fixer.model.config import load_model
-from fixer.sglang.tree import workload_of_name
+from fixer.model.rules.case import Outcome
+from fixer.model.rules.decide import decide, layer_workload
+from fixer.serve import asked as asking
+from fixer.serve.asked import Asked, Question, find, keep, record_path
+from fixer.serve.asked_question import decision_for, question_of
 from fixer.serve.situation import Situation
+from fixer.sglang.flags import parse_flags
+from fixer.sglang.tree import workload_of_name
 from fixer.workload import NumberFormat, Projection, Workload
 
 QUESTION = Question("Qwen/Qwen3-30B-A3B", "0123456789abcdef", "NVIDIA H100 80GB HBM3", "0.5.17", "tp_size=2")

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from artefacts import H100, RTX_4090, artefact_of
 
+from fixer.base.errors import DockerError, HubError, ModelError, SGLangError, UsageError
+from fixer.base.progress import Silent
 from fixer.image import bake as baking
 from fixer.image.bake import Order, bake, check_order, container_command, how_to_start, parse_gpus
 from fixer.image.docker_engine import Finished, Gpus, Image
-from fixer.base.errors import DockerError, HubError, ModelError, SGLangError, UsageError
-from fixer.base.progress import Silent
 
 TOKEN = "hf_ThisIsNoTokenButMustGoNowhere"
 LABELS = {"moefix.sglang.version": "0.5.17", "moefix.triton.version": "3.6.0"}

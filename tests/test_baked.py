@@ -10,11 +10,11 @@ from artefacts import H100, RTX_4090, artefact_of
 from test_serve import compiled, driver, installed, machine  # noqa: F401 (fixtures)
 
 from fixer.artefacts.baked import COMMAND_FILE, find_kept, is_baked, with_baked_command
-from fixer.base.errors import StoreError, UsageError
+from fixer.artefacts.environment import environment_of
 from fixer.artefacts.install import Pair
-from fixer.sglang.tree import tree_at
 from fixer.artefacts.shelf import save_artefact
-from fixer.tuning.session import environment_of
+from fixer.base.errors import StoreError, UsageError
+from fixer.sglang.find_tree import tree_at
 
 # --- the command -----------------------------------------------------------------------------------------------------
 

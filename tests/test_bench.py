@@ -9,13 +9,13 @@ from pathlib import Path
 import fake_layer
 import fakes
 import pytest
-from test_serve import H100, LARGE, Machine, SMALL, compiled, driver  # noqa: F401 (fixtures)
+from test_serve import H100, LARGE, SMALL, Machine, compiled, driver  # noqa: F401 (fixtures)
 
 import fixer.bench
 import fixer.serve.situation
+from fixer.base.status_reading import states
 from fixer.bench_results import BenchResult, Kind, Verdict
 from fixer.cli import main
-from fixer.base.status_board import states
 
 
 @pytest.fixture

@@ -13,15 +13,26 @@ from pathlib import Path
 
 import fakes
 import pytest
-from test_serve import FOLDER, LARGE, Machine, Result, SMALL, compiled, driver  # noqa: F401 (fixtures)
+from test_serve import FOLDER, LARGE, SMALL, Machine, Result, compiled, driver  # noqa: F401 (fixtures)
 
 from fixer.arms import Side, before_moefix
-from fixer.bench_results import BenchResult, Kind, Load, Verdict
-from fixer.bench_serve import FULL_LOADS, QUICK_LOADS, Server, Start, bench_serving_pass, last_lines, local_environment, parse_loads, schedule
-from fixer.machine.processes import end_group, start_child
 from fixer.base.errors import SGLangError, UsageError
-from fixer.artefacts.install import render_table
-from fixer.sglang_server import client_command, client_module, files_used, is_plain_model, local_flags, read_client_output
+from fixer.bench_results import BenchResult, Kind, Load, Verdict
+from fixer.bench_serve import (
+    FULL_LOADS,
+    QUICK_LOADS,
+    Server,
+    Start,
+    bench_serving_pass,
+    last_lines,
+    local_environment,
+    parse_loads,
+    schedule,
+)
+from fixer.machine.processes import end_group, start_child
+from fixer.sglang.server import files_used, local_flags
+from fixer.sglang.tuning_files import render_table
+from fixer.sglang_server import client_command, client_module, is_plain_model, read_client_output
 from fixer.workload import Tile
 
 LOADS = "1:8:4:3,4:8:6:8,1:32:1:6"

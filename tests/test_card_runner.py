@@ -10,16 +10,17 @@ from pathlib import Path
 import fakes
 import pytest
 
-from fixer.kernel.pool import FixedDeadline
 from fixer.base.errors import CardError, TuneError
-from fixer.kernel.compile import Candidate, Target, read_kernel_source
+from fixer.kernel.compile import Candidate, Target
+from fixer.kernel.pool import FixedDeadline
+from fixer.kernel.source import read_kernel_source
+from fixer.tuning.duel import DuelRequest
 from fixer.tuning.measure import card_runner
 from fixer.tuning.measure.card_runner import CardRunner
-from fixer.tuning.duel import DuelRequest, TilePair
 from fixer.tuning.measure.requests import LOOK_REPLAYS
 from fixer.tuning.search.runner import Request
 from fixer.tuning.search.trials import Outcome
-from fixer.workload import Projection, Tile, Workload
+from fixer.workload import Projection, Tile, TilePair, Workload
 
 LAYER = Workload(8, 64, 128, 2)
 ROWS = (1, 4, 16, 64)

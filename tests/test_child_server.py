@@ -12,8 +12,8 @@ from pathlib import Path
 import fakes
 import pytest
 
-from fixer.machine.processes import end_group, start_child
 from fixer.base.errors import SGLangError
+from fixer.machine.processes import end_group, start_child
 
 MARK = "MOEFIX_TEST_CHILD"
 

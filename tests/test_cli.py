@@ -16,8 +16,8 @@ from click.testing import CliRunner
 
 import fixer.cli
 import fixer.machine.cards
-from fixer.cli import INTERRUPTED, MoefixGroup, main
 from fixer.base.errors import HubError
+from fixer.cli import INTERRUPTED, MoefixGroup, main
 from fixer.machine.cards import find_card
 from fixer.sglang.tree import Tree
 
@@ -259,7 +259,7 @@ def test_a_hub_that_is_out_of_reach(run: Run) -> None:
     told(run("plan", "--gpu", "4090", "--model", "nobody/nothing-of-that-name"), HubError.exit_code)
 
 
-@pytest.mark.skipif(bool(fixer.machine.cards._load("libcuda.so.1")), reason="there is a driver here")
+@pytest.mark.skipif(bool(fixer.machine.nvml.load("libcuda.so.1")), reason="there is a driver here")
 def test_no_card(run: Run, models: dict[str, Path]) -> None:
     result = run("plan", "--model", str(models[BLOG_POST]))
     assert "no NVIDIA card" in told(result, 4)
@@ -295,12 +295,12 @@ def routed(*arguments: str) -> tuple[str, list[str]]:
     def group() -> None:
         pass
 
-    @group.command("serve", context_settings={**fixer.cli.PASS_THROUGH, "help_option_names": []})
+    @group.command("serve", context_settings={**fixer.commands.common.PASS_THROUGH, "help_option_names": []})
     @click.argument("argv", nargs=-1, type=click.UNPROCESSED)
     def serve(argv: tuple[str, ...]) -> None:
         seen.append(("serve", list(argv)))
 
-    @group.command("tune", context_settings=fixer.cli.PASS_THROUGH)
+    @group.command("tune", context_settings=fixer.commands.common.PASS_THROUGH)
     @click.argument("argv", nargs=-1, type=click.UNPROCESSED)
     def tune(argv: tuple[str, ...]) -> None:
         seen.append(("tune", list(argv)))

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from fixer.kernel.pool import AdaptiveDeadline, CompilePool, FixedDeadline, compile_all, usable_cores
 from fixer.base.errors import SGLangError
-from fixer.kernel.compile import Candidate, CompileOutcome, KernelSource, Target, read_kernel_source
+from fixer.kernel.compile import Candidate, CompileOutcome, Target
+from fixer.kernel.pool import AdaptiveDeadline, CompilePool, FixedDeadline, compile_all
+from fixer.kernel.source import KernelSource, read_kernel_source
+from fixer.machine.processes import usable_cores
 from fixer.workload import NumberFormat, Projection, Tile, Workload
 
 BF16 = Workload(8, 64, 128, 2)

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fixer.kernel.cache
-from fixer.kernel.cache import CompileCache, FILE_NAME, candidate_key, compile_with_cache, is_lasting
 from fixer.base.errors import CompileError
-from fixer.kernel.compile import Candidate, CompileOutcome, Compiled, KernelSource, Target, read_kernel_source
+from fixer.kernel.cache import FILE_NAME, CompileCache, candidate_key, compile_with_cache, is_lasting
+from fixer.kernel.compile import Candidate, Compiled, CompileOutcome, Target
+from fixer.kernel.source import KernelSource, read_kernel_source
 from fixer.sglang.tree import Tree
 from fixer.workload import NumberFormat, Projection, Tile, Workload
 

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fixer.model.rules.decide import Decision, Outcome, TRITON, decide
 from fixer.base.errors import MoefixError, UsageError
-from fixer.sglang.flags import parse_flags
 from fixer.machine.cards import Card
 from fixer.model.config import load_model, model_from_config
+from fixer.model.rules.case import Decision, Outcome
+from fixer.model.rules.decide import TRITON, decide
+from fixer.sglang.flags import parse_flags
 from fixer.workload import NumberFormat, Workload
 
 CASES = json.loads((Path(__file__).parent / "data" / "lookup-cases.json").read_text())

@@ -13,7 +13,7 @@ import pytest
 from fixer import cli
 from fixer.base import errors
 from fixer.serve import launch
-from fixer.sglang.tree import PINNED, RELEASES
+from fixer.sglang.releases import PINNED, RELEASES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("**/*.md")])

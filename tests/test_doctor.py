@@ -19,12 +19,15 @@ import pytest
 from fake_driver import build_driver
 
 import fixer
-from fixer.doctor import checks as doctor
+from fixer.base.errors import CardError
+from fixer.base.text import told
 from fixer.commands.doctor import lines_of
-from fixer.doctor.checks import Check, Finding, Patient, State, examine, told_address, worst
-from fixer.base.errors import CardError, told
+from fixer.doctor import checks as doctor
+from fixer.doctor.examine import Check, Finding, Patient, State, examine, worst
+from fixer.doctor.hub import told_address
 from fixer.machine.cards import Card
-from fixer.sglang.tree import PINNED, RELEASES, Tree
+from fixer.sglang.releases import PINNED, RELEASES
+from fixer.sglang.tree import Tree
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "hf_this_is_a_secret_0123456789"

@@ -18,15 +18,16 @@ from test_fetch import FILES, MIB, SHARDS, TOKEN, TOTAL, WANTED
 from test_serve import Machine, Result, compiled, driver, installed  # noqa: F401 (fixtures)
 
 import fixer.base.progress
-from fixer.model.download.download import Download, Nothing, cached, downloading, is_recorded, wanted
 from fixer.base.errors import HubError, MoefixError, TuneError
-from fixer.model.download.process import Request
-from fixer.sglang.flags import ServerFlags, parse_flags
-from fixer.model.hub import repository_folder, snapshot_folder
-from fixer.model.config import Model, Source
+from fixer.base.status import Phase, Share
+from fixer.base.status_board import new_board
 from fixer.machine.signals import ALARM
-from fixer.base.status_board import Phase, Share, new_board
+from fixer.model.config import Model, Source
+from fixer.model.download.download import Download, Nothing, cached, downloading, is_recorded, wanted
+from fixer.model.download.messages import Request
 from fixer.model.download.weights import Presence
+from fixer.model.hub import repository_folder, snapshot_folder
+from fixer.sglang.flags import ServerFlags, parse_flags
 
 NAME = ("--model", "owner/name")
 

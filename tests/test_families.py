@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from fixer.base.errors import ModelError
-from fixer.model.rules.families import FAMILIES, KNOWN_RELEASES, UNKNOWN_FAMILY, at_least, expert_layer, family_of, release_key, rules_for
+from fixer.model.rules.families import UNKNOWN_FAMILY, expert_layer, family_of
+from fixer.model.rules.family_table import FAMILIES
+from fixer.sglang.releases import KNOWN_RELEASES, at_least, release_key, rules_for
 
 CONFIGS: dict[str, tuple[dict[str, Any], tuple[int, int, int, int, int]]] = {
     "Qwen3MoeForCausalLM": (

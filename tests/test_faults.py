@@ -18,14 +18,15 @@ from pathlib import Path
 
 import fakes
 import pytest
-from test_serve import FOLDER, H100, LARGE, Machine, SMALL, compiled, driver, installed, no_write_as_root  # noqa: F401
+from test_serve import FOLDER, H100, LARGE, SMALL, Machine, compiled, driver, installed, no_write_as_root  # noqa: F401
 
-from fixer.base.errors import CompileError
-from fixer.artefacts.install import render_table
-from fixer.kernel.compile import CompileOutcome, Compiled
-from fixer.artefacts.shelf import Artefact, artefact_path, save_artefact
-from fixer.tuning.journal import _COLUMNS
+from fixer.artefacts.artefact import Artefact
 from fixer.artefacts.check_files import misfit
+from fixer.artefacts.shelf import artefact_path, save_artefact
+from fixer.base.errors import CompileError
+from fixer.kernel.compile import Compiled, CompileOutcome
+from fixer.sglang.tuning_files import render_table
+from fixer.tuning.journal import _COLUMNS
 from fixer.workload import Tile
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,7 +18,7 @@ import fakes
 import pytest
 from hub import COMMIT, Site, noise, serve
 
-from fixer.model.download.process import Bytes, Done, Failed, Plan, Request, Trouble, from_line, to_line
+from fixer.model.download.messages import Bytes, Done, Failed, Plan, Request, Trouble, from_line, to_line
 from fixer.model.hub import commit_in_cache, repository_folder, snapshot_folder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,8 +50,8 @@ constants.DOWNLOAD_CHUNK_SIZE = 1 << 20
 quick = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
 http.time = file_download.time = quick
 fixer.model.download.process.PAUSES = (0.1, 0.1)
-fixer.model.download.process.QUIET_SECONDS = 1.0
-fixer.model.download.process.TELL_INTERVAL = 0.05
+fixer.model.download.large_files.QUIET_SECONDS = 1.0
+fixer.model.download.attempt.TELL_INTERVAL = 0.05
 fixer.model.download.process.main()
 """
 

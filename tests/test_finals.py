@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fixer.artefacts.artefact import Decision
 from fixer.base.errors import TuneError
-from fixer.artefacts.shelf import Decision
-from fixer.tuning.session import row_choice
-from fixer.tuning.duel import Duel, DuelRequest, KernelDuel, LEAST_GAIN, TilePair, Via, rounds_for
-from fixer.workload import Tile
+from fixer.tuning.duel import LEAST_GAIN, Duel, DuelRequest, KernelDuel, Via, rounds_for
+from fixer.tuning.row_choice import row_choice
+from fixer.workload import Tile, TilePair
 
 TUNED = TilePair(Tile(16, 64, 128, 1, 4, 4), Tile(16, 128, 128, 1, 4, 4))
 OWN = TilePair(Tile(64, 64, 32, 8), Tile(64, 64, 32, 8))

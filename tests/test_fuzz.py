@@ -21,21 +21,27 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lookup_cases import CASES
 
-from fixer.kernel.cache import CompileCache
-from fixer.model.rules.decide import decide
+from fixer.artefacts.artefact import Artefact, Decision, Environment, RowChoice
+from fixer.artefacts.install import read_pair
+from fixer.artefacts.shelf import find_artefact, save_artefact
 from fixer.base.errors import MoefixError, StoreError
-from fixer.sglang.flags import parse_flags
+from fixer.base.files import Damaged, check_file_name, safe_name
+from fixer.base.json_reading import parse_json
+from fixer.base.status import Phase, Share, Status
+from fixer.base.status_reading import states
+from fixer.kernel.cache import CompileCache
+from fixer.kernel.compile import Candidate, Compiled, CompileOutcome, Target
+from fixer.kernel.source import KernelSource
 from fixer.machine.cards import find_card, known_cards
-from fixer.artefacts.install import parse_table, read_pair, render_table
-from fixer.kernel.compile import Candidate, CompileOutcome, Compiled, KernelSource, Target
-from fixer.model.rules.ladder import ladder
 from fixer.model.config import load_model
-from fixer.base.status_board import Phase, Share, Status, states
-from fixer.artefacts.shelf import Artefact, Damaged, Decision, Environment, RowChoice, check_file_name, find_artefact, parse_json, safe_name, save_artefact
+from fixer.model.rules.decide import decide
+from fixer.model.rules.ladder import ladder
+from fixer.sglang.flags import parse_flags
+from fixer.sglang.tuning_files import parse_table, render_table
 from fixer.tuning.journal import Journal, RunKey
 from fixer.tuning.search.runner import Look
-from fixer.tuning.search.trials import Build, Kernel, Outcome, Timing
-from fixer.workload import NumberFormat, Projection, Tile, Workload
+from fixer.tuning.search.trials import Build, Outcome, Timing
+from fixer.workload import Kernel, NumberFormat, Projection, Tile, Workload
 
 SEED = 20261124
 LEAST_INPUTS = 20_000
@@ -278,7 +284,7 @@ def test_names_of_models(monkeypatch, fenced, tmp_path):
 
 def with_checksum(body: object) -> bytes:
     """The mutated content under a checksum that is right: what only the reader's own checks can refuse."""
-    from fixer.artefacts.shelf import _checksum
+    from fixer.artefacts.artefact import _checksum
 
     if isinstance(body, dict):
         body.pop("checksum", None)

@@ -11,9 +11,10 @@ from fake_driver import build_driver
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fixer.machine import cards as gpu
 from fixer.base.errors import CardError, UsageError
-from fixer.machine.cards import Card, find_card, kinds, known_cards, visible_cards, with_shared_memory_limit
+from fixer.machine import cards as gpu
+from fixer.machine.cards import Card, find_card, kinds, known_cards, with_shared_memory_limit
+from fixer.machine.driver import visible_cards
 
 ROOT = Path(__file__).resolve().parents[1]
 

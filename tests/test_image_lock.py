@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import fixer
-from fixer.sglang.tree import PINNED, RELEASES
+from fixer.sglang.releases import PINNED, RELEASES
 
 ROOT = Path(__file__).parent.parent
 LOCKS = ("tools", "triton", "torch", "sglang-needs", "sglang", "moefix")

@@ -17,10 +17,11 @@ from fakes import eventually
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fixer.artefacts import install, shelf as store
-from fixer.artefacts.install import Pair, install_pair, installed, parse_table, read_pair, render_table
-from fixer.artefacts.shelf import check_tile
-from fixer.workload import Tile
+from fixer.artefacts import install
+from fixer.artefacts import shelf as store
+from fixer.artefacts.install import Pair, install_pair, installed, read_pair
+from fixer.sglang.tuning_files import parse_table, render_table
+from fixer.workload import Tile, check_tile
 
 ROOT = Path(__file__).resolve().parents[1]
 UP = "E=128,N=768,device_name=NVIDIA_GeForce_RTX_4090,dtype=fp8_w8a8,block_shape=[128, 128].json"

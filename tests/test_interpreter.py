@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from fixer.sglang.tree import RELEASES
+from fixer.sglang.releases import RELEASES
 
 FORMATS = (
     "fp16",

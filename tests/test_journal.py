@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from fixer.artefacts.artefact import Environment
 from fixer.base.errors import StoreError
-from fixer.artefacts.shelf import Environment
 from fixer.tuning.journal import Journal, JournaledRunner, RunKey
 from fixer.tuning.search.runner import Look, Request
-from fixer.tuning.search.trials import Build, Kernel, Outcome, Timing
-from fixer.workload import NumberFormat, Projection, Tile, Workload
+from fixer.tuning.search.trials import Build, Outcome, Timing
+from fixer.workload import Kernel, NumberFormat, Projection, Tile, Workload
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = Environment("NVIDIA H100 80GB HBM3", (9, 0), 232448, "580.159.03", "3.6.0", "0.5.17", "ab" * 32, "0.1.0")

@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 
 from fixer.base.errors import SGLangError
-from fixer.kernel.compile import Candidate, CompileOutcome, Target, always_spills, compile_candidate, load_kernels, planning_driver, read_kernel_source, warm_kernel
-from fixer.sglang.tree import RELEASES
+from fixer.kernel.compile import Candidate, CompileOutcome, Target, compile_candidate, planning_driver, warm_kernel
+from fixer.kernel.source import load_kernels, read_kernel_source
+from fixer.kernel.space import always_spills
+from fixer.sglang.releases import RELEASES
 from fixer.workload import NumberFormat, Projection, Tile, Workload
 
 QWEN = Workload(128, 768, 2048, 8, NumberFormat.FP8_W8A8, per_channel_quant=True)

@@ -22,12 +22,15 @@ from test_faults import TuningMachine, machine, undisturbed  # noqa: F401
 from test_fuzz import ARTEFACT, HERE, LAYER
 from test_serve import compiled, driver  # noqa: F401
 
-from fixer.artefacts.install import Pair, install_pair, parse_table, render_table
-from fixer.artefacts.shelf import Lock, artefact_path, find_artefact, save_artefact, write_atomically
+from fixer.artefacts.install import Pair, install_pair
+from fixer.artefacts.shelf import artefact_path, find_artefact, save_artefact
+from fixer.base.files import write_atomically
+from fixer.base.locks import Lock
+from fixer.sglang.tuning_files import parse_table, render_table
 from fixer.tuning.journal import Journal, RunKey
 from fixer.tuning.search.runner import Look
-from fixer.tuning.search.trials import Build, Kernel, Outcome, Timing
-from fixer.workload import Projection, Tile
+from fixer.tuning.search.trials import Build, Outcome, Timing
+from fixer.workload import Kernel, Projection, Tile
 
 WRITING_ROUNDS, RACING_ROUNDS, TUNING_ROUNDS = 120, 50, 40
 

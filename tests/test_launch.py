@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fixer.base.errors import SGLangError, UsageError
-from fixer.serve.launch import MoefixOptions, become_server, reachable, server_command, split_flags
+from fixer.serve.launch import become_server, reachable
+from fixer.serve.options import MoefixOptions, split_flags
+from fixer.sglang.server import server_command
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from fixer.bench_results import Load
-from fixer.machine.processes import free_port
 from fixer.base.errors import SGLangError
+from fixer.bench_results import Load
 from fixer.load import FIRST_ID, percentile, prompts, run_pass, summary, timed
+from fixer.machine.processes import free_port
 
 
 @pytest.fixture(scope="module")

@@ -10,18 +10,23 @@ from typing import Any
 
 import pytest
 
-from fixer.kernel.cache import CompileCache
-from fixer.model.rules.decide import Outcome
 from fixer.base.errors import SGLangError, StoreError, UsageError
-from fixer.sglang.flags import parse_flags
+from fixer.kernel.cache import CompileCache
+from fixer.kernel.compile import Candidate, Compiled, CompileOutcome
+from fixer.kernel.fit import CompileFunction, compiler_for
+from fixer.kernel.space import least_bytes, makes_sense
 from fixer.machine.cards import Card, find_card, with_shared_memory_limit
-from fixer.kernel.compile import Candidate, CompileOutcome, Compiled
 from fixer.model.config import model_from_config
-from fixer.plan.make_plan import CompileFunction, DETERMINISTIC_TILE, Plan, Source, TilePair, Verdict, compiler_for, make_plan, sidecar_name, write_plan
-from fixer.plan.proposals import Offers, choose, least_bytes, offers
-from fixer.sglang.tree import Found, Tree, own_choices, read_rows
-from fixer.kernel.space import BOTH, makes_sense
-from fixer.workload import Tile
+from fixer.model.rules.case import Outcome
+from fixer.plan.make_plan import DETERMINISTIC_TILE, TilePair, make_plan
+from fixer.plan.plan import Plan, Source, Verdict
+from fixer.plan.proposals import Offers, choose, offers
+from fixer.plan.write import sidecar_name, write_plan
+from fixer.sglang.flags import parse_flags
+from fixer.sglang.own_choices import own_choices
+from fixer.sglang.tree import Found, Tree
+from fixer.sglang.tuning_files import read_rows
+from fixer.workload import BOTH, Tile
 
 RELEASES = ["0.4.9", "0.5.17", "0.5.23"]
 BLOG_POST = "q3_30b_fp8dyn_tp1_l40s"

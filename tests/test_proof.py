@@ -12,18 +12,18 @@ import fakes
 import pytest
 from test_serve import FOLDER, H100, Machine, compiled, driver, installed  # noqa: F401 (fixtures)
 
-from fixer.serve import asked as asking
-from fixer.base import status_board as status
-from fixer.model.rules.decide import decide
-from fixer.base.errors import SGLangError, TuneError
-from fixer.sglang.flags import parse_flags
-from fixer.model.config import load_model
-from fixer.base.progress import Silent
-from fixer.serve.log.expect import server_url
-from fixer.sglang.tree import tree_at
-from fixer.base.status_board import Phase, Status
 from fixer.artefacts.shelf import save_artefact
-from fixer.tuning.session import turn
+from fixer.base import status_board as status
+from fixer.base.errors import SGLangError, TuneError
+from fixer.base.progress import Silent
+from fixer.base.status import Phase, Status
+from fixer.model.config import load_model
+from fixer.model.rules.decide import decide
+from fixer.serve import asked as asking
+from fixer.serve.log.expect import server_url
+from fixer.sglang.find_tree import tree_at
+from fixer.sglang.flags import parse_flags
+from fixer.tuning.turn import turn
 from fixer.workload import NumberFormat
 
 SERVER = """

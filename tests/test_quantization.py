@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 
 from fixer.base.errors import ModelError
-from fixer.model.rules.quantization import Fate, Match, Question, Scheme, checkpoint_method, ignored, resolve, safe_match
+from fixer.model.rules.ignored import Match, ignored, safe_match
+from fixer.model.rules.methods import checkpoint_method
+from fixer.model.rules.quantization import resolve
+from fixer.model.rules.scheme import Fate, Question, Scheme
 from fixer.workload import NumberFormat
 
 LAYER = "model.layers.3.mlp.experts"

@@ -12,8 +12,18 @@ from artefacts import H100, RTX_4090, artefact_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fixer.image.recipe import Entry, Recipe, artefact_file, context, default_command, dockerfile, labels, tar_pieces, weight_files
-from fixer.artefacts.shelf import Artefact
+from fixer.artefacts.artefact import Artefact
+from fixer.image.recipe import (
+    Entry,
+    Recipe,
+    artefact_file,
+    context,
+    default_command,
+    dockerfile,
+    labels,
+    tar_pieces,
+    weight_files,
+)
 
 ENTRYPOINT = ("python3", "/opt/moefix/entrypoint.py")
 

@@ -8,10 +8,10 @@ import pytest
 
 from fixer.base.errors import StoreError
 from fixer.tuning.search.recording import COLUMNS, write_recording
-from fixer.tuning.search.replay import Recording, TILE_COLUMNS
+from fixer.tuning.search.replay import TILE_COLUMNS, Recording
 from fixer.tuning.search.runner import Look
-from fixer.tuning.search.trials import Build, Kernel, Outcome, Timing
-from fixer.workload import Projection, Tile
+from fixer.tuning.search.trials import Build, Outcome, Timing
+from fixer.workload import Kernel, Projection, Tile
 
 UP = Kernel(Projection.GATE_UP, Tile(16, 64, 128, 1, 4, 3))
 TALL = Kernel(Projection.GATE_UP, Tile(64, 128, 64, 16, 8, 2))

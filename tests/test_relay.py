@@ -23,7 +23,8 @@ from test_verdict import DOWN, EXPECTED, OTHER, OTHER_DOWN, READY, UP, missing, 
 
 from fixer.base import status_board as status
 from fixer.serve.asked import Asked, Question
-from fixer.serve.log.relay import LINE_CAP, Settings, Stream
+from fixer.serve.log.settings import Settings
+from fixer.serve.log.stream import LINE_CAP, Stream
 from fixer.serve.log.verdict import Expected
 
 QUIET = Settings(Expected(asks=False))

@@ -19,9 +19,8 @@ from fixer.tuning.search.replay import REQUIRED_COLUMNS, Recording, Regret, Repl
 from fixer.tuning.search.runner import Request, run_search
 from fixer.tuning.search.search import Search
 from fixer.tuning.search.seeds import seeds
-from fixer.kernel.space import BOTH
-from fixer.tuning.search.trials import Kernel, Outcome
-from fixer.workload import NumberFormat, Projection, Tile, Workload
+from fixer.tuning.search.trials import Outcome
+from fixer.workload import BOTH, Kernel, NumberFormat, Projection, Tile, Workload
 
 ROOT = Path(__file__).resolve().parents[1]
 LANDSCAPE = ROOT / "benchmarks/recordings/qwen3-30b-a3b-fp8-channel.h100.csv.gz"

@@ -20,22 +20,23 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import fixer.report.make
-from fixer.serve import serve
+from fixer.artefacts.shelf import artefact_path, save_artefact
 from fixer.cli import main
+from fixer.kernel.source import read_kernel_source
 from fixer.machine.cards import find_card, known_cards
-from fixer.kernel.compile import read_kernel_source
-from fixer.report.make import choose, default_path, report_after_tuning, summary_of, write_report
 from fixer.report.evidence import Evidence, Part, Sources, gather, own_of
+from fixer.report.make import choose, default_path, report_after_tuning, summary_of, write_report
 from fixer.report.page import render
 from fixer.report.roofline import experts_in_use, layer_work, peak_of, share_of, work_of
 from fixer.report.search_course import course_of
 from fixer.report.summary import Fate, Worth, microseconds, percent, summarise
 from fixer.report.terminal import print_report
-from fixer.sglang.tree import OwnChoice, Tree
-from fixer.artefacts.shelf import artefact_path, save_artefact
+from fixer.serve import serve
+from fixer.sglang.own_choices import OwnChoice
+from fixer.sglang.tree import Tree
 from fixer.tuning.journal import RunKey, read_looks
-from fixer.tuning.search.trials import Kernel, Outcome
-from fixer.workload import NumberFormat, Projection, Tile, Workload
+from fixer.tuning.search.trials import Outcome
+from fixer.workload import Kernel, NumberFormat, Projection, Tile, Workload
 
 BLANK = "2026-11-24T00:47:54Z"
 
@@ -508,7 +509,7 @@ def test_tuning_writes_it(tmp_path, trees, monkeypatch, capsys):
     artefact = samples.real()
     tuned = SimpleNamespace(notes=(), artefact=artefact, looks=(), timings=(), timeline={"search": 1.0})
     monkeypatch.setattr("fixer.tuning.session.tune", lambda *_: tuned)
-    monkeypatch.setattr("fixer.tuning.session.state_of_cards", lambda job: ())
+    monkeypatch.setattr("fixer.tuning.turn.state_of_cards", lambda job: ())
     situation = SimpleNamespace(
         decisions=[SimpleNamespace(workload=artefact.workload)],
         tree=trees["0.5.17"],

@@ -7,9 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fixer.kernel.arguments import Product
-from fixer.tuning.measure.memory import COLD_FACTOR, full_rotation, layer_room, needed_bytes, rotations, smallest_rotation, with_spare
-from fixer.kernel.space import BOTH
-from fixer.workload import NumberFormat, Projection, Workload
+from fixer.tuning.measure.memory import (
+    COLD_FACTOR,
+    full_rotation,
+    layer_room,
+    needed_bytes,
+    rotations,
+    smallest_rotation,
+    with_spare,
+)
+from fixer.workload import BOTH, NumberFormat, Projection, Workload
 
 L2 = 50 << 20
 QWEN = Workload(128, 768, 2048, 8, NumberFormat.FP8_W8A8, per_channel_quant=True)

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fixer.tuning.search.search import Limits, Pair, Prediction, Search
-from fixer.kernel.space import AXES, BOTH, Space, impossible_after, makes_sense
-from fixer.tuning.search.trials import Build, Kernel, Outcome, Timing
-from fixer.workload import NumberFormat, Projection, Tile, Workload
+from fixer.kernel.space import AXES, Space, impossible_after, makes_sense
+from fixer.tuning.search.prediction import Prediction
+from fixer.tuning.search.search import Limits, Pair, Search
+from fixer.tuning.search.trials import Build, Outcome, Timing
+from fixer.workload import BOTH, Kernel, NumberFormat, Projection, Tile, Workload
 
 QWEN = Workload(128, 768, 2048, 8, NumberFormat.FP8_W8A8)
 MIXTRAL = Workload(8, 14336, 4096, 2)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from fixer.kernel.space import AXES, Space
 from fixer.machine.cards import Card
 from fixer.sglang.tree import TuningFile
 from fixer.tuning.search.seeds import RELATED, anchors, seeds
-from fixer.kernel.space import AXES, Space
 from fixer.workload import NumberFormat, Projection, Tile, Workload
 
 ADA = Card("NVIDIA GeForce RTX 4090", (8, 9), 101376, 24564)

@@ -17,16 +17,18 @@ import fakes
 import pytest
 from fake_driver import build_driver
 
-from fixer.model.rules.decide import decide
-from fixer.sglang.flags import parse_flags
+from fixer.artefacts.artefact import Artefact, Decision, RowChoice
+from fixer.artefacts.environment import environment_of
+from fixer.artefacts.shelf import artefact_path, save_artefact
+from fixer.base.files import utc_now
 from fixer.machine.cards import Card
-from fixer.artefacts.install import render_table
-from fixer.model.rules.ladder import ladder
 from fixer.model.config import load_model
-from fixer.serve.serve import verdict
-from fixer.sglang.tree import tree_at
-from fixer.artefacts.shelf import Artefact, Decision, RowChoice, artefact_path, save_artefact, utc_now
-from fixer.tuning.session import environment_of
+from fixer.model.rules.decide import decide
+from fixer.model.rules.ladder import ladder
+from fixer.serve.find_or_tune import verdict
+from fixer.sglang.find_tree import tree_at
+from fixer.sglang.flags import parse_flags
+from fixer.sglang.tuning_files import render_table
 from fixer.workload import Tile
 
 ROOT = Path(__file__).resolve().parents[1]

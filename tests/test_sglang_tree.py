@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from fixer.sglang import tree as sglang_tree
 from fixer.base.errors import SGLangError
 from fixer.machine.cards import Card
-from fixer.sglang.tree import CONFIG_DIR_VARIABLE, Found, PINNED, RELEASES, Tree, fetched_tree, find_tree, nearest_row, own_choices, read_rows, tree_at
+from fixer.sglang import tree as sglang_tree
+from fixer.sglang.find_tree import fetched_tree, find_tree, tree_at
+from fixer.sglang.own_choices import own_choices
+from fixer.sglang.releases import PINNED, RELEASES
+from fixer.sglang.tree import CONFIG_DIR_VARIABLE, Found, Tree
+from fixer.sglang.tuning_files import nearest_row, read_rows
 from fixer.workload import NumberFormat, Projection, Tile, Workload
 
 ADA = Card("NVIDIA GeForce RTX 4090", (8, 9), 101376, 24564)

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fixer.kernel.compile import always_spills
-from fixer.kernel.space import AXES, BOTH, FAR_STEPS, Space, Step, distance, impossible_after, makes_sense
-from fixer.workload import NumberFormat, Projection, Tile, Workload
+from fixer.kernel.space import AXES, FAR_STEPS, Space, Step, always_spills, distance, impossible_after, makes_sense
+from fixer.workload import BOTH, NumberFormat, Projection, Tile, Workload
 
 QWEN = Workload(128, 768, 2048, 8, NumberFormat.FP8_W8A8, per_channel_quant=True)
 BLOCK = Workload(256, 256, 7168, 8, NumberFormat.FP8_W8A8, block_shape=(128, 128))

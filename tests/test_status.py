@@ -17,10 +17,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fixer.cli import main
 from fixer.base.errors import TuneError
+from fixer.base.locks import is_held
 from fixer.base.progress import Silent
-from fixer.base.status_board import OnBoard, Phase, Share, Status, current_states, health, is_alive, is_held, lines, lock_path, new_board, posted, resume_board, share_text, state_path, states, summary
+from fixer.base.status import Phase, Share, Status, lock_path, state_path
+from fixer.base.status_board import OnBoard, new_board, posted, resume_board
+from fixer.base.status_reading import current_states, health, is_alive, lines, share_text, states, summary
+from fixer.cli import main
 
 HERE = socket.gethostname()
 OLD, NEW = "2026-01-01T00:00:00Z", "2099-01-01T00:00:00Z"
@@ -29,7 +32,7 @@ OLD, NEW = "2026-01-01T00:00:00Z", "2099-01-01T00:00:00Z"
 @pytest.fixture(autouse=True)
 def looks_like_moefix(monkeypatch):
     """The tests' own process counts as one of moefix's."""
-    monkeypatch.setattr("fixer.base.status_board.is_alive", lambda pid: pid == os.getpid() or is_alive(pid))
+    monkeypatch.setattr("fixer.base.status_reading.is_alive", lambda pid: pid == os.getpid() or is_alive(pid))
 
 
 def write(home, **changes):
@@ -187,7 +190,7 @@ def test_a_lock_that_cannot_be_had_leaves_it_to_the_process_id(tmp_path, monkeyp
 
 
 def test_looking_at_a_lock_does_not_keep_its_owner_from_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("fixer.base.status_board.LOCK_SECONDS", 30)
+    monkeypatch.setattr("fixer.base.locks.LOCK_SECONDS", 30)
     path = lock_path(state_path(tmp_path, HERE, os.getpid()))
     path.parent.mkdir()
     with path.open("w") as looking:

@@ -18,9 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fixer.artefacts import shelf as store
+from fixer.artefacts.artefact import Artefact, Decision, Environment, RowChoice
+from fixer.artefacts.shelf import artefact_path, find_artefact, save_artefact
+from fixer.base.data_folder import data_home
 from fixer.base.errors import StoreError
-from fixer.artefacts.shelf import Artefact, Decision, Environment, Lock, RowChoice, artefact_path, check_tile, data_home, find_artefact, safe_name, save_artefact, set_aside, write_atomically, write_together
-from fixer.workload import NumberFormat, Tile, Workload
+from fixer.base.files import safe_name, set_aside, write_atomically, write_together
+from fixer.base.locks import Lock
+from fixer.workload import NumberFormat, Tile, Workload, check_tile
 
 ROOT = Path(__file__).resolve().parents[1]
 NOBODY = 65534
@@ -100,7 +104,10 @@ def test_a_home_that_cannot_be_is_one_clear_error(tmp_path, name):
 
 def test_a_read_only_home_is_one_clear_error(open_folder):
     open_folder.chmod(0o555)
-    code = "import sys, pathlib\nfrom fixer.artefacts.shelf import *\nfrom fixer.base.errors import StoreError\n" + BECOME_NOBODY
+    code = (
+        "import sys, pathlib\nfrom fixer.artefacts.shelf import *\nfrom fixer.base.errors import StoreError\n"
+        + BECOME_NOBODY
+    )
     code += "for name in ('', 'inside'):\n  try: data_home(pathlib.Path(sys.argv[1], name)); print('made')\n"
     code += "  except StoreError as fault: print(fault.message)"
     out, err = python(code, open_folder).communicate(timeout=20)

@@ -13,16 +13,20 @@ from artefacts import H100, RTX_4090, artefact_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fixer.artefacts.artefact import Artefact
+from fixer.artefacts.environment import environment_of
+from fixer.artefacts.forms import tree_of, write_artefact, write_config_dir, write_sglang, write_vllm
+from fixer.artefacts.install import Pair
+from fixer.artefacts.shelf import find_artefact, kept_artefacts, save_artefact
+from fixer.artefacts.transfer import artefacts_in, for_card, for_model, install_in, keep, only_one, read_artefacts
 from fixer.base.errors import SGLangError, UsageError
-from fixer.sglang.flags import parse_flags
 from fixer.machine.cards import find_card
-from fixer.artefacts.install import Pair, parse_table, render_table
 from fixer.model.config import load_model
 from fixer.plan.make_plan import make_plan
-from fixer.sglang.tree import tree_at
-from fixer.artefacts.shelf import Artefact, find_artefact, kept_artefacts, save_artefact
-from fixer.artefacts.transfer import artefacts_in, for_card, for_model, install_in, keep, only_one, planned_artefact, read_artefacts, tree_of, write_artefact, write_config_dir, write_sglang, write_vllm
-from fixer.tuning.session import environment_of
+from fixer.plan.write import planned_artefact
+from fixer.sglang.find_tree import tree_at
+from fixer.sglang.flags import parse_flags
+from fixer.sglang.tuning_files import parse_table, render_table
 from fixer.workload import Tile
 
 ROOT = Path(__file__).resolve().parents[1]

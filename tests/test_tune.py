@@ -17,13 +17,16 @@ from types import SimpleNamespace
 import fakes
 import pytest
 
+from fixer.artefacts.artefact import Artefact, Decision
+from fixer.artefacts.gains import covers, geometric_gain
+from fixer.artefacts.shelf import find_artefact, save_artefact
 from fixer.base.errors import SGLangError, TuneError
 from fixer.machine.cards import Card
-from fixer.artefacts.shelf import Artefact, Decision, find_artefact, save_artefact
-from fixer.tuning.session import covers, geometric_gain, tune, turn
-from fixer.tuning.measure import card_runner
 from fixer.tuning.journal import Journal, RunKey
+from fixer.tuning.measure import card_runner
 from fixer.tuning.search.trials import Outcome
+from fixer.tuning.session import tune
+from fixer.tuning.turn import turn
 
 ROOT = Path(__file__).resolve().parents[1]
 CHILD = "import sys, fakes; fakes.tune_in_child(*sys.argv[1:])"

@@ -5,8 +5,8 @@ import json
 import pytest
 from test_sglang_log import STAMP, line_of
 
+from fixer.serve.log.verdict import SETTLING_SECONDS, Expected, Outcome, Watch, down_name, up_name
 from fixer.sglang.log_lines import Said, read_line
-from fixer.serve.log.verdict import Expected, Outcome, SETTLING_SECONDS, Watch, down_name, up_name
 
 FOLDER = "/s/configs/triton_3_6_0"
 UP, DOWN = "E=8,N=64,device_name=X.json", "E=8,N=64,device_name=X_down.json"

@@ -7,10 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fixer.kernel.arguments import Product, padded_tokens
-from fixer.tuning.duel import TilePair
-from fixer.kernel.space import BOTH
-from fixer.tuning.precompile import server_candidates, server_triton_cache
-from fixer.workload import Projection, Tile, Workload
+from fixer.kernel.cache import server_triton_cache
+from fixer.tuning.precompile import server_candidates
+from fixer.workload import BOTH, Projection, Tile, TilePair, Workload
 
 SMALL = TilePair(Tile(16, 64, 128, 1, 4, 4), Tile(16, 128, 128, 1, 4, 3))
 LARGE = TilePair(Tile(64, 128, 64, 16, 8, 3), Tile(64, 128, 64, 16, 8, 3))

@@ -10,9 +10,12 @@ import os
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 
+from fixer.artefacts.artefact import Artefact, Environment
+from fixer.artefacts.shelf import Found, Mismatch, find_artefact
 from fixer.base.errors import StoreError
+from fixer.base.files import read_bounded
+from fixer.base.json_reading import parse_json
 from fixer.sglang.flags import parse_flags
-from fixer.artefacts.shelf import Artefact, Environment, Found, Mismatch, find_artefact, parse_json, read_bounded
 from fixer.workload import Workload
 
 VARIABLE = "MOEFIX_BAKED"

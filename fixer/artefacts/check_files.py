@@ -12,15 +12,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from fixer.kernel.cache import is_lasting
-from fixer.base.errors import CompileError, StoreError
-from fixer.model.rules.families import NEWEST, at_least
+from fixer.artefacts.artefact import Artefact
+from fixer.base.errors import StoreError
+from fixer.base.files import Damaged, read_or_set_aside, set_aside, write_atomically
+from fixer.kernel.compile import Candidate, Compiled, CompileOutcome
+from fixer.kernel.fit import complaint
+from fixer.kernel.space import last_resorts
 from fixer.machine.cards import Card
-from fixer.artefacts.install import parse_table
-from fixer.kernel.compile import Candidate, CompileOutcome, Compiled
-from fixer.plan.proposals import last_resorts
-from fixer.sglang.tree import BEFORE_MOEFIX, OwnChoice, Tree, own_choices
-from fixer.artefacts.shelf import Artefact, Damaged, read_or_set_aside, set_aside, write_atomically
+from fixer.sglang.own_choices import OwnChoice, own_choices
+from fixer.sglang.releases import NEWEST, at_least
+from fixer.sglang.tree import BEFORE_MOEFIX, Tree
+from fixer.sglang.tuning_files import parse_table
 from fixer.workload import Projection, Tile, Workload
 
 CompileFunction = Callable[[Iterable[Candidate]], Mapping[Candidate, Compiled]]
@@ -121,7 +123,7 @@ def _misfits(
     faults: dict[Path | None, str] = {}
     for tokens, choice in own.items():
         for projection, tile, source in _parts(choice):
-            why = _complaint(compiled[Candidate(workload, projection, tile)], card)
+            why = complaint(compiled[Candidate(workload, projection, tile)], card)
             if why:
                 place = None if source == "default" else Path(source)
                 faults.setdefault(place, f"its row for M = {tokens} ({tile}, {projection.value}) {why}")
@@ -145,10 +147,10 @@ def misfit(artefact: Artefact, card: Card, compiler: CompileFunction) -> str:
         if result.outcome in (CompileOutcome.DEADLINE, CompileOutcome.CRASHED):
             # The tile's fault, unless a small one does not compile here either.
             probe = Candidate(artefact.workload, Projection.GATE_UP, last_resorts(artefact.workload)[0])
-            _complaint(compiler([probe])[probe], card)
+            complaint(compiler([probe])[probe], card)
             why = f"cannot be compiled: {result.outcome.value}"
         else:
-            why = _complaint(result, card)
+            why = complaint(result, card)
         if why:
             return f"its row for M = {batch} ({candidate.tile}, {candidate.projection.value}) {why}"
     return ""
@@ -165,13 +167,3 @@ def _parts(choice: OwnChoice) -> tuple[tuple[Projection, Tile, str], ...]:
         (Projection.GATE_UP, choice.gate_up, choice.gate_up_source),
         (Projection.DOWN, choice.down, choice.down_source),
     )
-
-
-def _complaint(compiled: Compiled, card: Card) -> str:
-    if compiled.outcome is not CompileOutcome.OK and not is_lasting(compiled):
-        raise CompileError(f"The compiler cannot be used here: {compiled.message or compiled.outcome.value}.")
-    if compiled.outcome is not CompileOutcome.OK:
-        return f"does not compile for this card: {compiled.message or compiled.outcome.value}"
-    if compiled.shared_bytes > card.shared_memory:
-        return f"needs {compiled.shared_bytes} bytes of shared memory a block, and the card has {card.shared_memory}"
-    return ""

@@ -11,14 +11,14 @@ import hashlib
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
+from fixer.artefacts.artefact import Artefact
 from fixer.artefacts.baked import baked_folder
 from fixer.base.errors import StoreError
-from fixer.machine.cards import Card, known_cards
+from fixer.base.files import write_atomically
+from fixer.machine.cards import Card
 from fixer.sglang.tree import Tree
-from fixer.artefacts.shelf import Artefact, Environment, write_atomically
 
 
 def is_known_to_fit(home: Path, artefact: Artefact, environ: Mapping[str, str] = os.environ) -> bool:
@@ -49,21 +49,12 @@ def misfit_of(artefact: Artefact, tree: Tree, card: Card, home: Path, scratch: P
         CompileError: nothing can be compiled here.
         SGLangError: the tree has no kernel that moefix knows.
     """
-    from fixer.kernel.cache import CompileCache
-    from fixer.plan.make_plan import compiler_for
     from fixer.artefacts.check_files import misfit
+    from fixer.kernel.cache import CompileCache
+    from fixer.kernel.fit import compiler_for
 
     with CompileCache(home) as cache:
         why = misfit(artefact, card, compiler_for(tree, card, scratch, cache))
     if not why:
         remember_fit(home, artefact)
     return why
-
-
-def card_of(environment: Environment) -> Card:
-    """The card that an artefact says it is for, with no more shared memory than such a card is known to have."""
-    named = Card(environment.card, environment.capability, environment.shared_memory, 0)
-    known = next((card for card in known_cards() if card.name == environment.card), None)
-    if known is None:
-        return named
-    return replace(known, shared_memory=min(known.shared_memory, environment.shared_memory))

@@ -9,22 +9,31 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from fixer.artefacts.artefact import Artefact
+from fixer.artefacts.overlay import mirror_shipped
 from fixer.base.errors import StoreError
+from fixer.base.files import (
+    Damaged,
+    check_file_name,
+    read_bounded,
+    read_or_set_aside,
+    safe_name,
+    set_aside,
+    write_atomically,
+    write_together,
+)
 from fixer.sglang.tree import BEFORE_MOEFIX, CONFIG_DIR_VARIABLE
-from fixer.artefacts.shelf import Artefact, Damaged, check_file_name, check_tile, make_folder, parse_json, read_bounded, read_or_set_aside, safe_name, set_aside, take_owner_of, write_atomically, write_together
-from fixer.workload import Tile
+from fixer.sglang.tuning_files import parse_table, render_table
+from fixer.workload import Tile, check_tile
 
 OVERLAY_VARIABLE = CONFIG_DIR_VARIABLE
 BACKUP_SUFFIX = BEFORE_MOEFIX
-MOST_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -83,12 +92,6 @@ class Installation:
     down_path: Path
     env: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
-
-
-def render_table(table: Mapping[int, Tile]) -> bytes:
-    """The file's content, to the byte as SGLang's tuner writes it: M ascending as text, four blanks of indent."""
-    rows = {str(batch): table[batch].to_json() for batch in sorted(table)}
-    return (json.dumps(rows, indent=4) + "\n").encode()
 
 
 def installed(folder: Path, pair: Pair) -> bool:
@@ -216,7 +219,7 @@ def _install_overlay(folder: Path, pair: Pair, home: Path, name: str, reason: st
     root = home / "overlay" / name
     own = root / "configs" / folder.name
     try:
-        _mirror_shipped(folder, own)
+        mirror_shipped(folder, own)
     except OSError as fault:
         raise StoreError(
             f"SGLang's files cannot be mirrored to {own}: {fault.strerror or fault}",
@@ -227,70 +230,7 @@ def _install_overlay(folder: Path, pair: Pair, home: Path, name: str, reason: st
     return _installation(own, pair, ((OVERLAY_VARIABLE, str(root)),), (*notes, note))
 
 
-def _mirror_shipped(folder: Path, own: Path) -> None:
-    """Have all that SGLang ships in the overlay: other Triton versions' folders as links, the running one's files."""
-    overlay = own.parent
-    if own.is_symlink():
-        # Mirrored as a whole while another Triton version was the running one.
-        own.unlink()
-    make_folder(own)
-    for entry in _entries(folder.parent):
-        if entry.name.startswith("triton_") and entry.name != folder.name:
-            _mirror(entry, overlay / entry.name)
-    for entry in _entries(folder):
-        if entry.suffix == ".json":
-            _mirror(entry, own / entry.name)
-    _drop_dead_links(overlay)
-    _drop_dead_links(own)
-
-
-def _entries(folder: Path) -> tuple[Path, ...]:
-    try:
-        return tuple(sorted(folder.iterdir()))
-    except OSError:
-        return ()
-
-
-def _mirror(source: Path, target: Path) -> None:
-    """Make `target` a link to `source`, or a copy where the file system has no links. Own files stay as they are."""
-    wanted = str(source.absolute())
-    if target.is_symlink():
-        if os.readlink(target) == wanted:
-            return
-        target.unlink(missing_ok=True)
-    elif target.exists():
-        return
-    try:
-        target.symlink_to(wanted)
-        take_owner_of(target.parent, target)
-    except FileExistsError:
-        return  # another process was quicker
-    except OSError:
-        if source.is_dir():
-            shutil.copytree(source, target, dirs_exist_ok=True)
-        else:
-            shutil.copyfile(source, target)
-
-
-def _drop_dead_links(folder: Path) -> None:
-    for entry in _entries(folder):
-        if entry.is_symlink() and not entry.exists():
-            entry.unlink(missing_ok=True)
-
-
 # --- reading ---------------------------------------------------------------------------------------------------------
-
-_ROW_PARTS = {
-    "BLOCK_SIZE_M",
-    "BLOCK_SIZE_N",
-    "BLOCK_SIZE_K",
-    "GROUP_SIZE_M",
-    "num_warps",
-    "num_stages",
-    "num_ctas",
-    "USE_TMA",
-}
-"""All that a row may hold. Triton refuses to launch with an option that it does not know, which stops the server."""
 
 
 @dataclass(frozen=True)
@@ -318,45 +258,6 @@ def read_pair(folder: Path, gate_up_name: str, down_name: str) -> PairOnDisk:
     gate_up, gate_up_damaged = _read_table(folder / check_file_name(gate_up_name), tma=False)
     down, down_damaged = _read_table(folder / check_file_name(down_name), tma=True)
     return PairOnDisk(gate_up, down, tuple(report for report in (gate_up_damaged, down_damaged) if report))
-
-
-def parse_table(content: bytes, tma: bool = True) -> Mapping[int, Tile]:
-    """The tiles of a tuning file's content, by M.
-
-    Args:
-        content: the file, which may be damaged or hostile.
-        tma: whether USE_TMA may be true, as in a down projection's file.
-
-    Raises:
-        ValueError: it is not a tuning file that SGLang could serve with; the text says why.
-    """
-    rows = parse_json(content)
-    if not isinstance(rows, dict) or not 1 <= len(rows) <= MOST_ROWS:
-        raise ValueError(f"it is not an object of 1 to {MOST_ROWS} rows")
-    table = {_batch(key): _tile(key, row, tma) for key, row in rows.items()}
-    if len(table) != len(rows):
-        raise ValueError("a batch size comes twice")
-    return table
-
-
-def _batch(key: str) -> int:
-    if not (key.isascii() and key.isdigit() and len(key) <= 8 and int(key) > 0):
-        raise ValueError(f"{key[:40]!r} is no batch size")
-    return int(key)
-
-
-def _tile(key: str, row: object, tma: bool) -> Tile:
-    if not isinstance(row, dict):
-        raise ValueError(f"row {key} is not an object")
-    strange = sorted(set(row) - _ROW_PARTS)
-    if strange:
-        raise ValueError(f"row {key} has an unknown part {strange[0][:40]!r}")
-    if row.get("num_ctas", 1) != 1:
-        raise ValueError(f"row {key} asks for thread block clusters")
-    tile = check_tile(Tile.from_json(row))
-    if tile.use_tma and not tma:
-        raise ValueError(f"row {key} has USE_TMA, which is for the down projection only")
-    return tile
 
 
 def _read_table(path: Path, tma: bool) -> tuple[Mapping[int, Tile] | None, Damaged | None]:

@@ -4,38 +4,24 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from enum import Enum
+from collections.abc import Sequence
 from pathlib import Path
 
-from fixer.model.rules.decide import decide
+from fixer.artefacts.artefact import Artefact, Environment
+from fixer.artefacts.environment import card_of
+from fixer.artefacts.fits import misfit_of, remember_fit
+from fixer.artefacts.install import Installation, Pair, install_pair
+from fixer.artefacts.shelf import artefact_path, save_artefact
 from fixer.base.errors import CardError, CompileError, SGLangError, UsageError
-from fixer.sglang.flags import ServerFlags
+from fixer.base.files import read_bounded
+from fixer.base.json_reading import parse_json
+from fixer.kernel.source import read_kernel_source
 from fixer.machine.cards import Card, find_card
-from fixer.artefacts.install import Installation, Pair, install_pair, render_table
-from fixer.artefacts.fits import card_of, misfit_of, remember_fit
-from fixer.kernel.compile import read_kernel_source
-from fixer.model.rules.ladder import ladder
 from fixer.model.config import Model
-from fixer.plan.make_plan import Plan
-from fixer.sglang.tree import RELEASES, Tree, fetched_tree, installed_tree, tree_at
-from fixer.artefacts.shelf import Artefact, Decision, Environment, RowChoice, artefact_path, parse_json, read_bounded, save_artefact, utc_now, write_together
-from fixer.artefacts.vllm import approximations, vllm_file_name, vllm_table
-
-
-class Form(Enum):
-    """What an artefact is written as."""
-
-    ARTEFACT = "artefact"
-    """One file that `moefix import` and `moefix bake --artefact` read."""
-    SGLANG = "sglang"
-    """SGLang's pair of files."""
-    VLLM = "vllm"
-    """vLLM's one file."""
-    CONFIG_DIR = "config-dir"
-    """A folder for SGLANG_MOE_CONFIG_DIR, with SGLang's shipped files in it."""
-
+from fixer.model.rules.decide import decide
+from fixer.model.rules.ladder import ladder
+from fixer.sglang.flags import ServerFlags
+from fixer.sglang.tree import Tree
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
@@ -226,138 +212,7 @@ def describe(artefact: Artefact) -> str:
 # --- from a plan -----------------------------------------------------------------------------------------------------
 
 
-def planned_artefact(plan: Plan, environment: Environment) -> Artefact:
-    """What a plan proposes, as an artefact that says that nothing was measured.
-
-    Args:
-        plan: a compiled one.
-        environment: the tree's and the card's; its driver is left out, since nothing ran.
-
-    Raises:
-        UsageError: SGLang reads no file there, or the plan has a row without a proposal.
-    """
-    workload = plan.decision.workload
-    rows = [(row.tokens, row.proposed) for row in plan.rows]
-    if plan.lookup is None or workload is None or not rows or any(proposed is None for _, proposed in rows):
-        raise UsageError(f"there is nothing to write for {plan.model.name} on {plan.card.name}", plan.decision.reason)
-    if not plan.lookup.down:
-        raise UsageError(f"SGLang {plan.sglang_version} reads one joint file for both projections")
-    return Artefact(
-        environment=replace(environment, driver=""),
-        model=plan.model.name,
-        revision=plan.model.revision or "",
-        workload=workload,
-        gate_up_file=plan.lookup.gate_up,
-        down_file=plan.lookup.down,
-        rows=tuple(
-            RowChoice(tokens, proposed.gate_up, proposed.down, Decision.FITTING_ONLY)
-            for tokens, proposed in rows
-            if proposed is not None
-        ),
-        created=utc_now(),
-        seconds=0.0,
-        measured=False,
-    )
-
-
 # --- writing ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Written:
-    """What was written: the files that matter, and what a person should know, one sentence each."""
-
-    paths: tuple[Path, ...]
-    notes: tuple[str, ...]
-
-
-def write_artefact(artefact: Artefact, path: Path) -> Written:
-    """The artefact as one file.
-
-    Raises:
-        StoreError: it cannot be written.
-    """
-    write_together(((path, artefact.to_json().encode()),))
-    return Written((path,), ())
-
-
-def write_sglang(artefact: Artefact, folder: Path) -> Written:
-    """SGLang's pair of files under their exact names.
-
-    Raises:
-        StoreError: they cannot be written; neither is changed.
-    """
-    files = _pair_files(artefact, folder)
-    write_together(files)
-    where = f"configs/triton_{artefact.environment.triton.replace('.', '_')}"
-    return Written(tuple(path for path, _ in files), (f"SGLang {artefact.environment.sglang} looks in {where}",))
-
-
-def write_vllm(artefact: Artefact, folder: Path) -> Written:
-    """vLLM's joint file.
-
-    Raises:
-        StoreError: it cannot be written.
-    """
-    path = folder / vllm_file_name(artefact.workload, artefact.environment.card)
-    write_together(((path, render_table(vllm_table(artefact))),))
-    return Written((path,), (*approximations(artefact), f"start vLLM with VLLM_TUNED_CONFIG_FOLDER={folder}"))
-
-
-def write_config_dir(artefact: Artefact, folder: Path, tree: Tree | None) -> Written:
-    """A folder for SGLANG_MOE_CONFIG_DIR: all files that SGLang ships, copied, and the pair.
-
-    Args:
-        folder: new, or one of before.
-        tree: the SGLang whose shipped files go in; None leaves them out, and says so.
-
-    Raises:
-        StoreError: it cannot be written.
-    """
-    configs = folder / "configs"
-    files: dict[Path, bytes] = {}
-    if tree is not None:
-        for path in sorted(tree.shipped_configs.glob("triton_*/*.json")):
-            files[configs / path.parent.name / path.name] = path.read_bytes()
-    shipped = len(files)
-    pair = _pair_files(artefact, configs / f"triton_{artefact.environment.triton.replace('.', '_')}")
-    write_together(tuple((files | dict(pair)).items()))
-    note = f"{shipped} files of SGLang {artefact.environment.sglang} are in it, since it takes their place"
-    if not shipped:
-        note = "SGLang's shipped files are NOT in it: with this folder every other model runs without a tuning file"
-    return Written(tuple(path for path, _ in pair), (note, f"start SGLang with SGLANG_MOE_CONFIG_DIR={folder}"))
-
-
-def _pair_files(artefact: Artefact, folder: Path) -> tuple[tuple[Path, bytes], ...]:
-    pair = Pair.of(artefact)
-    return (
-        (folder / pair.gate_up_name, render_table(pair.gate_up)),
-        (folder / pair.down_name, render_table(pair.down)),
-    )
-
-
-def tree_of(version: str, root: Path | None, cache: Path, say: Callable[[str], None]) -> Tree | None:
-    """The tree of an SGLang release: a named one, the installed one, or one fetched from PyPI; None, said, for none.
-
-    Raises:
-        SGLangError: the named tree is none, or of another release.
-    """
-    if root is not None:
-        named = tree_at(root)
-        if named.version != version:
-            raise SGLangError(f"SGLang in {root} is {named.version}, and the artefact is of {version}")
-        return named
-    here = installed_tree()
-    if here is not None and here.version == version:
-        return here
-    if version not in RELEASES:
-        say(f"SGLang {version} is not installed here, and moefix cannot fetch it")
-        return None
-    try:
-        return fetched_tree(version, cache)
-    except SGLangError as fault:
-        say(fault.message)
-        return None
 
 
 def listing(kept: Sequence[tuple[Path, Artefact]], home: Path) -> str:

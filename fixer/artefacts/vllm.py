@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from fixer.artefacts.shelf import Artefact
+from fixer.artefacts.artefact import Artefact
 from fixer.workload import NumberFormat, Tile, Workload
 
 _DTYPES: Mapping[NumberFormat, str] = {

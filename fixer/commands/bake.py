@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from fixer.cli import PASS_THROUGH, interruptible
+from fixer.commands.common import PASS_THROUGH
+from fixer.machine.signals import interruptible
 
 
 @click.command("bake", context_settings=PASS_THROUGH)
@@ -42,9 +43,9 @@ def command(
     A container of the moefix image tunes on the cards of this machine. All other options are SGLang's own; they become
     the image's defaults. HF_TOKEN is passed to that container only.
     """
-    from fixer.image.bake import Order, bake, how_to_start, parse_gpus
-    from fixer.base.progress import terminal_progress
     from fixer.artefacts.transfer import describe
+    from fixer.base.progress import terminal_progress
+    from fixer.image.bake import Order, bake, how_to_start, parse_gpus
 
     order = Order(
         model=model,

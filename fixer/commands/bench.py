@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from fixer.cli import ELSEWHERE, PASS_THROUGH, interruptible
+from fixer.commands.common import ELSEWHERE, PASS_THROUGH
+from fixer.machine.signals import interruptible
 
 
 @click.command("bench", short_help=ELSEWHERE["bench"], context_settings=PASS_THROUGH)
@@ -60,9 +61,9 @@ def command(
     Without --serve: SGLang's MoE layer, row by row. With it: the server is started with either configuration in turn
     and put under load. All other options are SGLang's own: give those that the server gets.
     """
-    from fixer.bench_command import Output, Request, run_kernel, run_serve
-    from fixer.bench_serve import Client, FULL_LOADS, QUICK_LOADS, ServePlan, parse_loads
     from fixer.base.errors import UsageError
+    from fixer.bench_command import Output, Request, run_kernel, run_serve
+    from fixer.bench_serve import FULL_LOADS, QUICK_LOADS, Client, ServePlan, parse_loads
 
     if not serve and (passes or loads or quick or budget or resume or client != "auto"):
         raise UsageError("--passes, --loads, --quick, --client, --budget and --resume go with --serve")

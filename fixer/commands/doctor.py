@@ -10,8 +10,9 @@ from pathlib import Path
 
 import click
 
-from fixer.cli import ELSEWHERE, PASS_THROUGH
-from fixer.doctor.checks import BUILD_CHECKS, CHECKS, Finding, Patient, SCHEMA, State, examine, wished_home, worst
+from fixer.commands.common import ELSEWHERE, PASS_THROUGH
+from fixer.doctor.checks import BUILD_CHECKS, CHECKS
+from fixer.doctor.examine import SCHEMA, Finding, Patient, State, examine, wished_home, worst
 
 
 @click.command("doctor", short_help=ELSEWHERE["doctor"], context_settings=PASS_THROUGH)

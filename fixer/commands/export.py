@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fixer.cli import PASS_THROUGH, interruptible
 from fixer.base.errors import UsageError
+from fixer.commands.common import PASS_THROUGH
+from fixer.machine.signals import interruptible
 
 if TYPE_CHECKING:
-    from fixer.artefacts.shelf import Artefact
-    from fixer.artefacts.transfer import Form, Written
+    from fixer.artefacts.artefact import Artefact
+    from fixer.artefacts.forms import Form, Written
 
 FORMS = ("artefact", "sglang", "vllm", "config-dir")
 
@@ -49,7 +50,8 @@ def command(
     Without --file or --for it is looked for in the data folder: by --model with the server's SGLang flags, by --card.
     """
     from fixer.artefacts import transfer
-    from fixer.artefacts.shelf import data_home, kept_artefacts
+    from fixer.artefacts.shelf import kept_artefacts
+    from fixer.base.data_folder import data_home
 
     if (source, planned).count(None) == 0:
         raise UsageError("--file and --for exclude each other", "Give one of them.")
@@ -67,8 +69,8 @@ def command(
                 click.echo(f"moefix: {one}", err=True)
             kept = transfer.for_card(kept, card) if card else kept
             if words:
-                from fixer.sglang.flags import parse_flags
                 from fixer.model.config import load_model
+                from fixer.sglang.flags import parse_flags
 
                 flags = parse_flags(words)
                 kept = transfer.for_model(kept, load_model("", flags), flags)
@@ -85,14 +87,15 @@ def command(
 
 
 def _plan(words: tuple[str, ...], name: str, limit: int | None, root: Path | None, data: Path) -> Artefact:
+    from fixer.artefacts.environment import environment_of
     from fixer.kernel.cache import CompileCache
-    from fixer.sglang.flags import parse_flags
+    from fixer.kernel.fit import compiler_for
     from fixer.machine.cards import find_card, with_shared_memory_limit
     from fixer.model.config import load_model
-    from fixer.plan.make_plan import compiler_for, make_plan
-    from fixer.sglang.tree import find_tree
-    from fixer.artefacts.transfer import planned_artefact
-    from fixer.tuning.session import environment_of
+    from fixer.plan.make_plan import make_plan
+    from fixer.plan.write import planned_artefact
+    from fixer.sglang.find_tree import find_tree
+    from fixer.sglang.flags import parse_flags
 
     flags = parse_flags(words)
     model = load_model("", flags)

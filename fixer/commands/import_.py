@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from fixer.cli import interruptible
+from fixer.machine.signals import interruptible
 
 
 @click.command("import")
@@ -20,8 +20,8 @@ def command(*, files: tuple[Path, ...], install: bool, sglang_root: Path | None,
     A server uses one where the card, the driver's major version, SGLang, Triton and the kernel are the same.
     """
     from fixer.artefacts import transfer
-    from fixer.sglang.tree import find_tree
-    from fixer.artefacts.shelf import data_home
+    from fixer.base.data_folder import data_home
+    from fixer.sglang.find_tree import find_tree
 
     with interruptible():
         artefacts = [artefact for path in files for artefact in transfer.artefacts_in(path)]

@@ -22,9 +22,9 @@ def command(
 
     ARTEFACT is the file of a tuning; by default the newest one in the data folder. Needs no GPU and no network.
     """
+    from fixer.base.data_folder import data_home
     from fixer.report.make import choose, default_path, summary_of, write_report
     from fixer.report.terminal import print_report
-    from fixer.artefacts.shelf import data_home
 
     folder = data_home(home)
     chosen = choose(artefact, folder)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from fixer.base.status_board import current_states, health, lines
-from fixer.artefacts.shelf import wanted_home
+from fixer.base.data_folder import wanted_home
+from fixer.base.status_reading import current_states, health, lines
 
 
 @click.command("status")

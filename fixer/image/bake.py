@@ -8,16 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fixer.image.docker_engine import ContainerRun, Engine, Gpus, Image
-from fixer.base.errors import DockerError, ModelError, UsageError
-from fixer.sglang.flags import ServerFlags, parse_flags, secret_flags
-from fixer.model.hub import UnreachableError, refusal
-from fixer.serve.launch import split_flags
-from fixer.model.config import Hub, load_model
-from fixer.base.progress import Progress
-from fixer.image.recipe import NOT_WEIGHTS, Recipe, context, default_command, tar_pieces, weight_files
-from fixer.artefacts.shelf import Artefact, utc_now
+from fixer.artefacts.artefact import Artefact
 from fixer.artefacts.transfer import artefacts_in, asks_for, check_versions, missing_rows, read_artefacts
+from fixer.base.errors import DockerError, ModelError, UsageError
+from fixer.base.files import utc_now
+from fixer.base.progress import Progress
+from fixer.image.docker_engine import ContainerRun, Engine, Gpus, Image
+from fixer.image.recipe import NOT_WEIGHTS, Recipe, context, default_command, tar_pieces, weight_files
+from fixer.model.config import load_model
+from fixer.model.hub import Hub, UnreachableError, refusal
+from fixer.serve.options import split_flags
+from fixer.sglang.flags import ServerFlags, parse_flags, secret_flags
 
 ALL_GPUS = Gpus()
 

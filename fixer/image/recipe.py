@@ -16,9 +16,10 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath
 
 from fixer import __version__
+from fixer.artefacts.artefact import Artefact
 from fixer.artefacts.baked import COMMAND_FILE, VARIABLE
-from fixer.artefacts.shelf import Artefact, artefact_path
-from fixer.tuning.session import geometric_gain
+from fixer.artefacts.gains import geometric_gain
+from fixer.artefacts.shelf import artefact_path
 
 FOLDER = PurePosixPath("/opt/moefix-baked")
 """Where the image keeps what it brings: not below /data, which is a volume."""

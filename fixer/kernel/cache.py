@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
@@ -20,10 +21,11 @@ from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
-from fixer.kernel.pool import CompilePool, Deadline, compile_all, usable_cores
 from fixer.base.errors import CompileError
-from fixer.kernel.compile import Candidate, CompileOutcome, Compiled, Target
-from fixer.artefacts.shelf import Damaged, set_aside
+from fixer.base.files import Damaged, set_aside
+from fixer.kernel.compile import Candidate, Compiled, CompileOutcome, Target
+from fixer.kernel.pool import CompilePool, Deadline, compile_all
+from fixer.machine.processes import usable_cores
 
 FILE_NAME = "compiled.sqlite"
 
@@ -294,3 +296,12 @@ def _require_triton() -> None:
     triton_version()
     if importlib.util.find_spec("triton") is None:
         raise CompileError("Triton is installed, but cannot be imported.", "Install it anew: pip install triton.")
+
+
+def server_triton_cache() -> Path:
+    """The folder in which Triton keeps compiled kernels for a server started with this environment."""
+    chosen = os.environ.get("TRITON_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    # As Triton has it (knobs.py); Path.home() raises for a user without a name and HOME.
+    return Path(os.environ.get("TRITON_HOME") or os.path.expanduser("~")) / ".triton" / "cache"

@@ -7,97 +7,19 @@ here is the server's own cache entry.
 
 from __future__ import annotations
 
-import ast
-import hashlib
-import importlib.util
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from fixer.base.errors import CompileError, SGLangError
 from fixer.kernel.arguments import LaunchContext, Product, Role, kernel_name, launch_arguments, operands
 from fixer.kernel.arguments import padded_tokens as sorted_length_of
-from fixer.artefacts.shelf import write_atomically
+from fixer.kernel.source import KernelSource, load_kernels
 from fixer.workload import Projection, Tile, Workload
-
-KERNELS = ("fused_moe_kernel", "fused_moe_kernel_gptq_awq")
-
-
-@dataclass(frozen=True)
-class KernelSource:
-    """SGLang's kernels, cut out of their file.
-
-    Attributes:
-        path: the file they come from.
-        text: the file with all but the kernels blanked out, line numbers kept.
-        sha256: of `text`; what was measured with another text does not count.
-    """
-
-    path: Path
-    text: str
-    sha256: str
-
-
-def read_kernel_source(path: Path) -> KernelSource:
-    """Cut the kernels and the `@triton.jit` functions they call out of a file of SGLang.
-
-    Raises:
-        SGLangError: the file cannot be read or lacks the kernel.
-    """
-    try:
-        source = path.read_text("utf-8")
-        functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
-    except (OSError, SyntaxError, UnicodeDecodeError) as error:
-        raise SGLangError(f"SGLang's kernel in {path} cannot be read: {error}.") from error
-    jitted = {name: node for name, node in functions.items() if _is_jitted(node)}
-    wanted = {name for name in KERNELS if name in jitted}
-    if KERNELS[0] not in wanted:
-        raise SGLangError(f"{path} has no @triton.jit function {KERNELS[0]}.")
-    while True:  # the functions that they call, and those that these call
-        called = {name.id for kernel in wanted for name in ast.walk(jitted[kernel]) if isinstance(name, ast.Name)}
-        found = wanted | (called & jitted.keys())
-        if found == wanted:
-            break
-        wanted = found
-    text = _blank_all_but(source.splitlines(), [jitted[name] for name in wanted])
-    return KernelSource(path, text, hashlib.sha256(text.encode()).hexdigest())
-
-
-def _is_jitted(node: ast.FunctionDef) -> bool:
-    return any(ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list)
-
-
-def _blank_all_but(lines: list[str], functions: list[ast.FunctionDef]) -> str:
-    keep = {
-        number
-        for function in functions
-        for number in range(function.decorator_list[0].lineno, (function.end_lineno or function.lineno) + 1)
-    }
-    kept = [line if number in keep else "" for number, line in enumerate(lines, start=1)]
-    if kept[0]:
-        raise SGLangError("SGLang's kernel starts on the first line of its file; there is no room for the imports.")
-    kept[0] = "import triton; import triton.language as tl"
-    return "\n".join(kept).rstrip() + "\n"
-
-
-@lru_cache(maxsize=4)
-def load_kernels(source: KernelSource, folder: Path) -> Any:
-    """Import the cut-out kernels as a module; its file is kept in `folder`, since Triton reads sources from files."""
-    path = folder / f"sglang_kernels_{source.sha256[:16]}.py"
-    # A copy that somebody changed is worth nothing: it is written anew.
-    if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != source.sha256:
-        write_atomically(path, source.text.encode())
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise CompileError(f"{path} cannot be imported.")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class CompileOutcome(Enum):
@@ -249,8 +171,3 @@ def _descriptors(tile: Tile, a: Any, b: Any) -> tuple[Any, Any]:
         return TensorDescriptor(tensor, list(tensor.shape), strides, block)
 
     return describe(a, [tile.block_m, tile.block_k]), describe(b, [1, tile.block_n, tile.block_k])
-
-
-def always_spills(tile: Tile) -> bool:
-    """Whether the float32 accumulator alone needs more than the 255 registers that a thread can have."""
-    return tile.block_m * tile.block_n > 255 * 32 * tile.num_warps

@@ -20,7 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fixer.kernel.compile import Candidate, CompileOutcome, Compiled, Target, compile_candidate, planning_driver
+from fixer.kernel.compile import Candidate, Compiled, CompileOutcome, Target, compile_candidate, planning_driver
+from fixer.machine.processes import usable_cores
 from fixer.machine.signals import settle_child, starting
 
 FROM_CACHE_SECONDS = 0.1
@@ -245,16 +246,6 @@ class CompilePool:
         worker.process.kill()
         worker.process.join(5)
         worker.pipe.close()
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: a container may have fewer than the machine, by affinity or by quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, round(int(quota) / int(period))))
-    except (OSError, ValueError):  # no cgroup v2, or "max"
-        return cores
 
 
 def end_helpers() -> None:

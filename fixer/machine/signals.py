@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 ENDING = (signal.SIGTERM, signal.SIGINT)
 """What `docker stop` and Ctrl-C send."""
@@ -67,3 +69,37 @@ def settle_child() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+@contextlib.contextmanager
+def interruptible(at_most: float | None = 1.7) -> Iterator[None]:
+    """Have SIGTERM unwind as Ctrl-C does, so that compiling processes and passing folders do not stay behind.
+
+    What unwinds is not disturbed by a second signal. One that was ignored from the start (nohup) stays ignored.
+
+    Args:
+        at_most: seconds after which the process ends however far it has unwound: a file system may hang, and Python
+            drops what a handler raises while an object is being finalised. What is kept is safe at any moment, and
+            children end with their parent. None for work that takes its time to tidy up.
+    """
+
+    def leave(number: int, frame: object) -> NoReturn:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)
+        if at_most is not None:
+            last = threading.Timer(at_most, os._exit, (128 + number,))
+            last.daemon = True
+            last.start()
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + number)
+
+    before = {number: signal.getsignal(number) for number in ENDING}
+    before = {number: handler for number, handler in before.items() if handler not in (None, signal.SIG_IGN)}
+    for number in before:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

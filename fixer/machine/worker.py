@@ -6,7 +6,6 @@ candidate and a few seconds, not the run.
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -19,15 +18,14 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from fixer.base.errors import MoefixError, TuneError, told
+from fixer.base.errors import MoefixError, TuneError
+from fixer.base.text import told
+from fixer.machine.processes import die_with_parent
 from fixer.machine.signals import settle_child, starting
 
 Handler = Callable[[Any], Any]
 Factory = Callable[[], Handler]
 """Runs in the child and gives the function that answers; must be importable there (a `functools.partial` is)."""
-
-
-PR_SET_PDEATHSIG = 1
 
 
 class Fate(Enum):
@@ -178,9 +176,3 @@ def _serve(pipe: Connection, factory: Factory) -> None:
                 print(f"moefix: measuring failed: {told(error)}", file=sys.stderr, flush=True)
                 os._exit(1)
             pipe.send(answer)
-
-
-def die_with_parent() -> None:
-    """Have the kernel end this process with its parent: a card that hangs would keep it from seeing the pipe close."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -8,34 +8,31 @@ from ModelScope by its own client, where SGLANG_USE_MODELSCOPE has SGLang do so.
 from __future__ import annotations
 
 import contextlib
-import json
-import threading
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import Enum
-from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 from fixer.base.errors import HubError, ModelError, UsageError
-from fixer.sglang.flags import ServerFlags, json_depth
-from fixer.model.hub import NoSuchFileError, OFFLINE_HINT, UnreachableError, commit_of, is_hub_id, refusal, uses_modelscope
+from fixer.model.catalogue import CatalogueEntry, catalogue_by_name, catalogued
+from fixer.model.config_file import read_json
+from fixer.model.hub import (
+    Hub,
+    NoSuchFileError,
+    UnreachableError,
+    before,
+    fetch,
+    is_hub_id,
+    uses_modelscope,
+)
+from fixer.sglang.flags import ServerFlags
 
-MAX_CONFIG_BYTES = 16 << 20
-"""Largest config.json that is read."""
-
-MAX_DEPTH = 64
-"""Deepest nesting that is read."""
-
-_MAX_DIGITS = 20
 _MAX_NAME = 4096
 _MAX_TEXT = 500
 _BAD_CHARACTER = "\N{REPLACEMENT CHARACTER}"
-_CATALOGUE_FILE = Path(__file__).parent / "data" / "catalogue.json"
-
-_T = TypeVar("_T")
 
 
 class Source(Enum):
@@ -44,25 +41,6 @@ class Source(Enum):
     FOLDER = "folder"
     HUB = "hub"
     CATALOGUE = "catalogue"
-
-
-@dataclass(frozen=True)
-class Hub:
-    """How to reach the hub; the defaults leave everything to huggingface_hub and its environment variables.
-
-    Attributes:
-        endpoint: the hub's address, None for HF_ENDPOINT or the public hub.
-        token: an access token, None for HF_TOKEN or the stored one; never printed.
-        cache: the cache folder, None for HF_HOME's.
-        timeout_s: seconds for one answer.
-        deadline_s: seconds for one file altogether.
-    """
-
-    endpoint: str | None = None
-    token: str | None = field(default=None, repr=False)
-    cache: Path | None = None
-    timeout_s: float = 8.0
-    deadline_s: float = 30.0
 
 
 @dataclass(frozen=True)
@@ -101,14 +79,6 @@ class _Files:
     revision: str | None
     source: Source
     note: str = ""
-    from_cache: bool = False
-
-
-class _Fetched(NamedTuple):
-    """A file of a repository, and its commit; whether the hub was out of reach, so that it is the cache's."""
-
-    path: Path
-    commit: str | None
     from_cache: bool = False
 
 
@@ -179,13 +149,13 @@ def _files(name: str, flags: ServerFlags, hub: Hub) -> _Files:
         raise _not_a_folder(path)
     if name.startswith((".", "/", "~", "\\")) or name.count("/") > 1:
         raise ModelError(f"there is no folder {name!r}", "give a folder with config.json, or OWNER/NAME on the hub")
-    known = _catalogued(name)
+    known = catalogued(name)
     if is_hub_id(name):
         if uses_modelscope():
             return _from_modelscope(name, flags, hub, known)
         return _from_hub(name, flags, hub, known)
     if known is None:
-        close = get_close_matches(name.lower(), list(_catalogue()), n=3, cutoff=0.5)
+        close = get_close_matches(name.lower(), list(catalogue_by_name()), n=3, cutoff=0.5)
         near = f"; did you mean {', '.join(close)}?" if close else ""
         raise ModelError(f"{name!r} is no folder and no hub id{near}", "give a folder or OWNER/NAME on the hub")
     return _from_catalogue(known, "")
@@ -221,7 +191,7 @@ def _children(folder: Path) -> list[Path]:
 def _from_hub(name: str, flags: ServerFlags, hub: Hub, known: CatalogueEntry | None) -> _Files:
     """From the hub, or where that is out of reach from the catalogue."""
     try:
-        config, commit, from_cache = _fetch(name, "config.json", flags.revision, hub)
+        config, commit, from_cache = fetch(name, "config.json", flags.revision, hub)
     except UnreachableError as out:
         if known is None:
             raise out.error from None
@@ -229,7 +199,7 @@ def _from_hub(name: str, flags: ServerFlags, hub: Hub, known: CatalogueEntry | N
     parsed, note = read_json(config), ""
     quant: Mapping[str, Any] | None = None
     try:
-        quant = read_json(_fetch(name, "hf_quant_config.json", flags.revision, hub).path)
+        quant = read_json(fetch(name, "hf_quant_config.json", flags.revision, hub).path)
     except NoSuchFileError:
         pass  # most models have none
     except UnreachableError:
@@ -241,7 +211,7 @@ def _from_hub(name: str, flags: ServerFlags, hub: Hub, known: CatalogueEntry | N
 def _from_modelscope(name: str, flags: ServerFlags, hub: Hub, known: CatalogueEntry | None) -> _Files:
     """From ModelScope's cache or by its client, as SGLang does (server_args.py:4095-4160); else from the catalogue."""
     try:
-        config = _before(hub.deadline_s, lambda late: _modelscope_file(name, "config.json", flags))
+        config = before(hub.deadline_s, lambda late: _modelscope_file(name, "config.json", flags))
     except ImportError:
         fault = HubError("SGLANG_USE_MODELSCOPE is set, and there is no modelscope here", "pip install modelscope")
     except Exception as error:  # the client's own, its transport's, or the deadline
@@ -250,7 +220,7 @@ def _from_modelscope(name: str, flags: ServerFlags, hub: Hub, known: CatalogueEn
     else:
         quant: Mapping[str, Any] | None = None
         with contextlib.suppress(Exception):  # most models have none
-            found = _before(hub.deadline_s, lambda late: _modelscope_file(name, "hf_quant_config.json", flags))
+            found = before(hub.deadline_s, lambda late: _modelscope_file(name, "hf_quant_config.json", flags))
             quant = read_json(found)
         return _Files(read_json(config), quant, flags.revision, Source.HUB)
     if known is None:
@@ -272,120 +242,7 @@ def _modelscope_file(name: str, filename: str, flags: ServerFlags) -> Path:
 # --- the hub ----------------------------------------------------------------------------------------------------
 
 
-def _fetch(name: str, filename: str, revision: str | None, hub: Hub) -> _Fetched:
-    """One file of a repository on the hub, out of the client's cache where it is there; and its commit.
-
-    Raises:
-        HubError: the hub says no.
-        UnreachableError: it says nothing, and the cache does not have the file.
-    """
-    try:
-        return _before(hub.deadline_s, lambda late: _download(name, filename, revision, hub, late))
-    except (HubError, UnreachableError):
-        raise
-    except Exception as error:  # the client's own, its transport's (which differs by version), or a full disk
-        raise refusal(name, revision, error, filename) from None
-
-
-def _download(name: str, filename: str, revision: str | None, hub: Hub, late: threading.Event) -> _Fetched:
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
-
-    def cached() -> _Fetched:
-        path = Path(
-            hf_hub_download(
-                name, filename, revision=revision, cache_dir=hub.cache, token=hub.token, local_files_only=True
-            )
-        )
-        return _Fetched(path, commit_of(path) or revision, not constants.HF_HUB_OFFLINE)
-
-    if constants.HF_HUB_OFFLINE:
-        return cached()
-    url = hf_hub_url(name, filename, revision=revision, endpoint=hub.endpoint)
-    try:
-        about = get_hf_file_metadata(url, token=hub.token, timeout=hub.timeout_s)
-    except Exception as error:
-        refused = refusal(name, revision, error, filename)
-        if not isinstance(refused, UnreachableError):
-            raise refused from None
-        try:
-            return cached()
-        except Exception:  # not in the cache either: the first fault is the one to tell
-            raise refused from None
-    if about.size is not None and about.size > MAX_CONFIG_BYTES:
-        raise HubError(f"{name}: {filename} on the hub is larger than {MAX_CONFIG_BYTES >> 20} MiB")
-    if late.is_set():  # nobody waits any more: spare the client's own retries
-        raise UnreachableError(HubError(f"the hub was too slow for {name}", OFFLINE_HINT))
-    path = hf_hub_download(
-        name,
-        filename,
-        revision=revision,  # not the commit: the cache files what "main" is only when asked for it
-        endpoint=hub.endpoint,
-        token=hub.token,
-        cache_dir=hub.cache,
-        etag_timeout=hub.timeout_s,
-    )
-    return _Fetched(Path(path), about.commit_hash or revision)
-
-
-def _before(seconds: float, task: Callable[[threading.Event], _T]) -> _T:
-    """The task's result, or `UnreachableError` after that many seconds, however slowly bytes trickle in.
-
-    The task is given an event that says that nobody waits for it any more.
-    """
-    late = threading.Event()
-    results: list[_T] = []
-    faults: list[Exception] = []
-
-    def run() -> None:
-        try:
-            results.append(task(late))
-        except Exception as error:  # handed over to the caller's thread
-            faults.append(error)
-
-    worker = threading.Thread(target=run, daemon=True)
-    worker.start()
-    worker.join(seconds)
-    late.set()
-    if faults:
-        raise faults[0]
-    if not results:
-        raise UnreachableError(HubError(f"the hub gave no answer within {seconds:g} s", OFFLINE_HINT))
-    return results[0]
-
-
 # --- the catalogue ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class CatalogueEntry:
-    """A public model's geometry.
-
-    Attributes:
-        names: the hub id, then other names for it.
-        config: the fields of its config.json that moefix needs.
-        source: where the numbers come from.
-    """
-
-    names: tuple[str, ...]
-    config: Mapping[str, Any]
-    source: str
-
-
-def catalogue() -> tuple[CatalogueEntry, ...]:
-    """Every entry, in the file's order."""
-    return tuple({id(entry): entry for entry in _catalogue().values()}.values())
-
-
-@lru_cache(maxsize=1)
-def _catalogue() -> Mapping[str, CatalogueEntry]:
-    """The entries by name in lower case."""
-    rows = read_json(_CATALOGUE_FILE)["models"]
-    entries = [CatalogueEntry(tuple(row["names"]), row["config"], row["source"]) for row in rows]
-    return {name.lower(): entry for entry in entries for name in entry.names}
-
-
-def _catalogued(name: str) -> CatalogueEntry | None:
-    return _catalogue().get(name.strip().lower())
 
 
 def _from_catalogue(entry: CatalogueEntry, why: str) -> _Files:
@@ -394,45 +251,6 @@ def _from_catalogue(entry: CatalogueEntry, why: str) -> _Files:
 
 
 # --- untrusted JSON ---------------------------------------------------------------------------------------------
-
-
-def read_json(path: Path) -> Mapping[str, Any]:
-    """A JSON object out of a file of bounded size and nesting.
-
-    Raises:
-        ModelError: it cannot be read, or is something else.
-    """
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise ModelError(f"{path.name} cannot be read: {error.strerror}") from None
-    if len(raw) > MAX_CONFIG_BYTES:
-        raise ModelError(f"{path.name} is larger than {MAX_CONFIG_BYTES >> 20} MiB")
-    try:
-        value = json.loads(raw, parse_int=_whole)
-    except RecursionError:
-        raise ModelError(f"{path.name} is nested too deep") from None
-    except _LongNumberError:
-        raise ModelError(f"{path.name} holds a number of more than {_MAX_DIGITS} digits, which no size has") from None
-    except ValueError as error:
-        where = f" at line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise ModelError(f"{path.name} is not JSON{where}", "was the download cut short?") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path.name} is no JSON object")
-    if json_depth(value) > MAX_DEPTH:
-        raise ModelError(f"{path.name} is nested deeper than {MAX_DEPTH}")
-    return value
-
-
-class _LongNumberError(ValueError):
-    """A number of more digits than any size has."""
-
-
-def _whole(digits: str) -> int:
-    if len(digits) > _MAX_DIGITS:
-        raise _LongNumberError
-    return int(digits)
 
 
 def _told(text: str) -> str:

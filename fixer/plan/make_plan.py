@@ -6,229 +6,33 @@ reports is what SGLang's launch will ask for.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from enum import Enum
-from pathlib import Path
-from typing import Any
 
-import fixer
-from fixer.kernel.cache import CompileCache, compile_with_cache, triton_version
-from fixer.model.rules.decide import Decision, Outcome, decide
-from fixer.base.errors import UsageError
-from fixer.sglang.flags import ServerFlags
+from fixer.kernel.cache import triton_version
+from fixer.kernel.compile import Candidate, Compiled, CompileOutcome
+from fixer.kernel.fit import CompileFunction
+from fixer.kernel.space import last_resorts
 from fixer.machine.cards import Card
-from fixer.artefacts.install import render_table
-from fixer.kernel.compile import Candidate, CompileOutcome, Compiled, Target, read_kernel_source
-from fixer.model.rules.ladder import ladder
 from fixer.model.config import Model
-from fixer.plan.proposals import choose, last_resorts, offers
-from fixer.sglang.tree import Found, Lookup, OwnChoice, Tree, own_choices
-from fixer.artefacts.shelf import check_file_name, utc_now, write_together
-from fixer.tuning.duel import TilePair
-from fixer.kernel.space import BOTH
-from fixer.workload import NumberFormat, Projection, Tile, Workload
-
-SCHEMA = 1
+from fixer.model.rules.case import Decision, Outcome
+from fixer.model.rules.decide import decide
+from fixer.model.rules.ladder import ladder
+from fixer.plan.plan import Plan, PlanRow, Source, Use
+from fixer.plan.proposals import choose, offers
+from fixer.sglang.flags import ServerFlags
+from fixer.sglang.own_choices import OwnChoice, own_choices
+from fixer.sglang.tree import Found, Lookup, Tree
+from fixer.workload import BOTH, Projection, Tile, TilePair, Workload
 
 DETERMINISTIC_TILE = Tile(64, 64, 32, 8)
 """What `--enable-deterministic-inference` runs for every M (fused_moe_triton_config.py:72 of 0.5.17)."""
-
-SIDECAR_SUFFIX = ".moefix-plan"
-"""Ends the sidecar's name. SGLang and its tools read names that end in .json only."""
-
-CompileFunction = Callable[[Iterable[Candidate]], Mapping[Candidate, Compiled]]
-"""Gives a result for each candidate."""
-
-
-class Source(Enum):
-    """Where SGLang takes a row's configuration from."""
-
-    SHIPPED = "shipped"
-    OTHER_TRITON = "other_triton"
-    DEFAULT = "default"
-    DETERMINISTIC = "deterministic"
-
-
-class Verdict(Enum):
-    """Whether SGLang's own configurations can be launched on the card."""
-
-    FITS = "fits"
-    OUT_OF_RESOURCES = "out_of_resources"
-    NOT_APPLICABLE = "not_applicable"
-
-
-@dataclass(frozen=True)
-class Use:
-    """One projection's configuration in one row.
-
-    Attributes:
-        tile: the configuration.
-        shared_bytes: shared memory a block needs as compiled for the card; None where it was not compiled.
-        fits: whether that is at most the card's; None where nothing was compiled, False where it does not compile.
-        message: why it did not compile, "" where it did.
-    """
-
-    tile: Tile
-    shared_bytes: int | None = None
-    fits: bool | None = None
-    message: str = ""
-
-
-@dataclass(frozen=True)
-class PlanRow:
-    """One row of the ladder.
-
-    Attributes:
-        tokens: M.
-        source: where SGLang takes the gate-up projection's configuration from.
-        gate_up, down: what SGLang would run.
-        proposed: what fits; None where nothing was compiled or nothing fits, or where SGLang reads no file.
-    """
-
-    tokens: int
-    source: Source
-    gate_up: Use
-    down: Use
-    proposed: TilePair | None = None
-
-    @property
-    def fits(self) -> bool | None:
-        """Whether SGLang's own configuration fits for both projections; None where it was not compiled."""
-        if self.gate_up.fits is None or self.down.fits is None:
-            return None
-        return self.gate_up.fits and self.down.fits
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What SGLang does with a model on a card.
-
-    Attributes:
-        model, card: whose plan it is.
-        sglang_version, triton: SGLang's version, and the Triton that names its folder of tuning files.
-        decision: whether SGLang asks for a file, and for which workload.
-        lookup: the files' names and what SGLang finds; None where it looks nothing up.
-        rows: the ladder's rows; empty where there is nothing to tune.
-        compiled_with: the Triton that compiled here, "" where nothing was compiled.
-        notes: what else a user should know, one sentence each.
-    """
-
-    model: Model
-    card: Card
-    sglang_version: str
-    triton: str
-    decision: Decision
-    lookup: Lookup | None
-    rows: tuple[PlanRow, ...]
-    compiled_with: str
-    notes: tuple[str, ...]
-
-    @property
-    def verdict(self) -> Verdict:
-        """Whether every row of SGLang's own fits; not applicable where nothing was compiled."""
-        if not self.rows or any(row.fits is None for row in self.rows):
-            return Verdict.NOT_APPLICABLE
-        return Verdict.FITS if all(row.fits for row in self.rows) else Verdict.OUT_OF_RESOURCES
-
-    def to_json(self) -> dict[str, Any]:
-        """The object that `plan --json` prints (README: the plan's JSON)."""
-        return {
-            "schema": SCHEMA,
-            "model": {
-                "name": self.model.name,
-                "architecture": self.model.architecture,
-                "is_moe": self.decision.outcome is not Outcome.NO_MOE,
-            },
-            "gpu": {
-                "name": self.card.name,
-                "sglang_name": self.card.sglang_name,
-                "compute_capability": "{}.{}".format(*self.card.capability),
-                "shared_memory_per_block_optin": self.card.shared_memory,
-            },
-            "sglang": {"version": self.sglang_version, "triton": self.triton},
-            "outcome": self.decision.outcome.value,
-            "kernel": self.decision.kernel,
-            "reason": self.decision.reason,
-            "workload": _workload_json(self.decision.workload),
-            "lookup": _lookup_json(self.lookup),
-            "rows": [_row_json(row) for row in self.rows],
-            "verdict": self.verdict.value,
-            "compiled_with": self.compiled_with or None,
-            "notes": list(self.notes),
-        }
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 
-def _workload_json(workload: Workload | None) -> dict[str, Any] | None:
-    if workload is None:
-        return None
-    plain = workload.number_format is NumberFormat.NONE
-    return {
-        "E": workload.experts,
-        "N": workload.intermediate,
-        "hidden_size": workload.hidden_size,
-        "top_k": workload.top_k,
-        "dtype": None if plain else workload.number_format.value,
-        "block_shape": list(workload.block_shape) if workload.block_shape else None,
-        "per_channel_quant": workload.per_channel_quant,
-        "tp_size": workload.tp_size,
-        "ep_size": workload.ep_size,
-    }
-
-
-def _lookup_json(lookup: Lookup | None) -> dict[str, Any] | None:
-    if lookup is None:
-        return None
-    return {
-        "folder": lookup.folder,
-        "gate_up": lookup.gate_up,
-        "down": lookup.down or None,
-        "found": lookup.found.value,
-    }
-
-
-def _row_json(row: PlanRow) -> dict[str, Any]:
-    proposed = row.proposed
-    return {
-        "M": row.tokens,
-        "source": row.source.value,
-        "gate_up": _use_json(row.gate_up),
-        "down": _use_json(row.down),
-        "proposed": {
-            "gate_up": proposed.gate_up.to_json() if proposed else None,
-            "down": proposed.down.to_json() if proposed else None,
-        },
-    }
-
-
-def _use_json(use: Use) -> dict[str, Any]:
-    return {"config": use.tile.to_json(), "shared_bytes": use.shared_bytes, "fits": use.fits}
-
-
 # --- making it -------------------------------------------------------------------------------------------------------
-
-
-def compiler_for(tree: Tree, card: Card, home: Path, cache: CompileCache) -> CompileFunction:
-    """A function that compiles SGLang's kernel for a card, asking the cache first.
-
-    Args:
-        tree: whose kernel.
-        home: the data folder, for the cut-out kernel and Triton's own cache.
-        cache: results of earlier plans.
-
-    Raises:
-        SGLangError: the tree has no kernel that moefix knows.
-    """
-    target = Target(read_kernel_source(tree.kernel_source), card.arch, home / "kernels")
-
-    def compile_candidates(candidates: Iterable[Candidate]) -> Mapping[Candidate, Compiled]:
-        return compile_with_cache(target, candidates, cache, home / "triton")
-
-    return compile_candidates
 
 
 def make_plan(
@@ -408,51 +212,3 @@ def _notes(decision: Decision, tree: Tree, rows: tuple[PlanRow, ...], compiled_w
 
 
 # --- writing the proposed pair ---------------------------------------------------------------------------------------
-
-
-def write_plan(plan: Plan, folder: Path) -> tuple[Path, ...]:
-    """Write the proposed configurations under SGLang's exact file names, and a sidecar that says what they rest on.
-
-    Returns:
-        The files: gate-up, down (where the release reads one), sidecar.
-
-    Raises:
-        UsageError: the plan proposes nothing for some row: a ladder with a gap would hand its M to a far row.
-        StoreError: the folder cannot be written; no file is changed.
-    """
-    pairs = {row.tokens: row.proposed for row in plan.rows if row.proposed is not None}
-    if plan.lookup is None or not pairs or len(pairs) != len(plan.rows):
-        raise UsageError(f"there is no file to write for {plan.model.name} on {plan.card.name}", plan.decision.reason)
-    gate_up = {tokens: pair.gate_up for tokens, pair in pairs.items()}
-    down = {tokens: pair.down for tokens, pair in pairs.items()}
-    files = [(folder / check_file_name(plan.lookup.gate_up), render_table(gate_up))]
-    if plan.lookup.down:
-        files.append((folder / check_file_name(plan.lookup.down), render_table(down)))
-    names = [path.name for path, _ in files]
-    files.append((folder / sidecar_name(plan.lookup), _sidecar(plan, names)))
-    write_together(files)
-    return tuple(path for path, _ in files)
-
-
-def sidecar_name(lookup: Lookup) -> str:
-    """The sidecar's name: the gate-up file's, with an ending that SGLang never reads."""
-    return lookup.gate_up.removesuffix(".json") + SIDECAR_SUFFIX
-
-
-def _sidecar(plan: Plan, names: list[str]) -> bytes:
-    content = {
-        "schema": SCHEMA,
-        "what": "proposed by moefix: compiled for the card, not measured",
-        "measured": False,
-        "files": names,
-        "model": plan.model.name,
-        "card": plan.card.name,
-        "compute_capability": "{}.{}".format(*plan.card.capability),
-        "shared_memory_per_block_optin": plan.card.shared_memory,
-        "sglang": plan.sglang_version,
-        "triton": plan.triton,
-        "compiled_with_triton": plan.compiled_with,
-        "moefix": fixer.__version__,
-        "date": utc_now(),
-    }
-    return (json.dumps(content, indent=4) + "\n").encode()

@@ -10,11 +10,11 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from fixer.kernel.space import Space, least_bytes, makes_sense
 from fixer.machine.cards import Card
-from fixer.kernel.arguments import ElementType, operand_types
-from fixer.sglang.tree import TuningFile, nearest_row
+from fixer.sglang.tree import TuningFile
+from fixer.sglang.tuning_files import nearest_row
 from fixer.tuning.search.seeds import weight_of
-from fixer.kernel.space import Space, makes_sense
 from fixer.workload import Tile, Workload
 
 GOOD_RANK = 3
@@ -28,9 +28,6 @@ at the geometric mean and 7 % at worst; SGLang's own default 9.7 % and 40 %."""
 
 MOST_WAVES = 4
 """Waves of compiling, each for the rows that the one before left without a fitting tile."""
-
-LAST_RESORTS = 4
-"""The smallest configurations of the space, tried where nothing that won anywhere fits."""
 
 
 @dataclass(frozen=True)
@@ -130,23 +127,6 @@ def _place(tile: Tile) -> tuple[float, ...]:
         tile.num_stages / 2,
         0.5 * (tile.group_m > 1),
     )
-
-
-def last_resorts(workload: Workload) -> tuple[Tile, ...]:
-    """The configurations of the whole space that need least, for a limit that nothing else fits."""
-    return tuple(sorted(Space(workload).all(), key=lambda tile: (least_bytes(tile, workload), tile))[:LAST_RESORTS])
-
-
-def least_bytes(tile: Tile, workload: Workload) -> int:
-    """About the least shared memory that a tile can need: the operands of all pipeline stages but one.
-
-    Only an order for what to compile: whether a tile fits is what the compiler says (facts.md: the formula is exact
-    for 98 % of FP8 tiles on sm_89 and too low for the others).
-    """
-    activation, weight = operand_types(workload)
-    rows = tile.block_m * ElementType(activation).itemsize
-    columns = tile.block_n * ElementType(weight).itemsize
-    return max(1, tile.num_stages - 1) * tile.block_k * (rows + columns)
 
 
 def choose(

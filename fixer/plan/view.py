@@ -7,12 +7,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fixer.plan.make_plan import Plan, PlanRow, Use, Verdict
-from fixer.tuning.duel import TilePair
-from fixer.workload import Tile
-
-PLAIN_WIDTH = 200
-"""Columns where the output is no terminal: wide enough that no line is broken."""
+from fixer.base.console import plain_or_terminal
+from fixer.plan.plan import Plan, PlanRow, Use, Verdict
+from fixer.workload import Tile, TilePair
 
 _STYLES = {Verdict.FITS: "green", Verdict.OUT_OF_RESOURCES: "red", Verdict.NOT_APPLICABLE: "yellow"}
 
@@ -33,12 +30,6 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     console.print(Text("verdict  ", style="bold") + Text(verdict_line(plan), style=_STYLES[plan.verdict]))
     for note in plan.notes:
         console.print(Text("note     ", style="bold") + Text(note))
-
-
-def plain_or_terminal() -> Console:
-    """A console on stdout that breaks no lines where it is no terminal."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=PLAIN_WIDTH, soft_wrap=True)
 
 
 def _heading(plan: Plan) -> list[tuple[str, str]]:

@@ -10,17 +10,21 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 
+from fixer.artefacts.artefact import Artefact
+from fixer.base.errors import MoefixError
 from fixer.bench_results import BenchResult, Kind, results_for
 from fixer.kernel.cache import CompileCache, compile_with_cache, triton_version
-from fixer.base.errors import MoefixError
+from fixer.kernel.compile import Candidate, Compiled, CompileOutcome, Target
+from fixer.kernel.source import read_kernel_source
 from fixer.machine.cards import Card
-from fixer.kernel.compile import Candidate, CompileOutcome, Compiled, Target, read_kernel_source
-from fixer.sglang.tree import OwnChoice, RELEASES, Tree, fetched_tree, installed_tree, own_choices, tree_at
-from fixer.artefacts.shelf import Artefact
-from fixer.tuning.duel import TilePair
+from fixer.sglang.find_tree import fetched_tree, installed_tree, tree_at
+from fixer.sglang.own_choices import OwnChoice, own_choices
+from fixer.sglang.releases import RELEASES
+from fixer.sglang.tree import Tree
 from fixer.tuning.journal import RunKey, read_looks
 from fixer.tuning.search.runner import Look
-from fixer.tuning.search.trials import Kernel, Outcome
+from fixer.tuning.search.trials import Outcome
+from fixer.workload import Kernel, TilePair
 
 
 class Part(Enum):

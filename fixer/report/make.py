@@ -6,12 +6,14 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from fixer.artefacts.artefact import Artefact
+from fixer.artefacts.shelf import artefact_path, kept_artefacts
 from fixer.base.errors import StoreError, UsageError
+from fixer.base.files import Damaged, read_bounded, write_atomically
 from fixer.report.evidence import Sources, gather, named_tree
 from fixer.report.page import render
 from fixer.report.summary import Summary, summarise
 from fixer.sglang.tree import Tree
-from fixer.artefacts.shelf import Artefact, Damaged, artefact_path, kept_artefacts, read_bounded, write_atomically
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import PurePosixPath
 
+from fixer.artefacts.artefact import Artefact, Decision, RowChoice
+from fixer.artefacts.gains import compared_times, geometric_gain
 from fixer.report.evidence import Evidence
 from fixer.report.roofline import Peak, Share, layer_work, peak_of, share_of
-from fixer.artefacts.shelf import Artefact, Decision, RowChoice
-from fixer.tuning.session import compared_times, geometric_gain
-from fixer.tuning.duel import CONFIDENCE, LEAST_GAIN, TilePair
+from fixer.tuning.duel import CONFIDENCE, LEAST_GAIN
+from fixer.workload import TilePair
 
 
 class Worth(Enum):

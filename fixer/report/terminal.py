@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fixer.base.console import plain_or_terminal
 from fixer.bench_results import Kind, headline
-from fixer.plan.view import plain_or_terminal
 from fixer.report.page import when
 from fixer.report.summary import Fate, Summary, Worth, microseconds, percent
 

@@ -10,43 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fixer.artefacts.shelf import Damaged, check_file_name, parse_json, read_or_set_aside, safe_name, utc_now, write_atomically
+from fixer.base.files import Damaged, check_file_name, read_or_set_aside, safe_name, utc_now, write_atomically
+from fixer.base.json_reading import parse_json
 
 if TYPE_CHECKING:
-    from fixer.model.rules.decide import Decision
-    from fixer.serve.situation import Situation
+    pass
 
 SCHEMA = 1
-
-COUNTING_FLAGS = (
-    "tp_size",
-    "ep_size",
-    "dp_size",
-    "pp_size",
-    "moe_dp_size",
-    "enable_dp_attention",
-    "quantization",
-    "dtype",
-    "disable_shared_experts_fusion",
-    "enforce_shared_experts_fusion",
-    "moe_runner_backend",
-    "moe_a2a_backend",
-    "ep_num_redundant_experts",
-    "speculative_algorithm",
-    "enable_deterministic_inference",
-    "enable_lora",
-    "enable_two_batch_overlap",
-    "enable_single_batch_overlap",
-    "enable_ep_moe",
-    "enable_deepep_moe",
-    "kt_num_gpu_experts",
-    "revision",
-)
-"""Fields of `ServerFlags` that may change which file is asked for; the rest changes rows only, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -118,31 +92,6 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= 4096 and (value.isprintable() or not value)
 
 
-def question_of(situation: Situation, kind: int) -> Question:
-    """The question that a start on that kind of card puts."""
-    flags, model = situation.flags, situation.model
-    defaults = type(flags)()
-    counting = [(name, getattr(flags, name)) for name in COUNTING_FLAGS]
-    config = json.dumps(_plain(model.config), sort_keys=True, separators=(",", ":"))
-    quant = json.dumps(_plain(model.quant_config), sort_keys=True, separators=(",", ":"))
-    return Question(
-        model=model.name,
-        config=hashlib.sha256(f"{config}\n{quant}".encode()).hexdigest()[:16],
-        card=situation.cards[kind][0].name,
-        sglang=situation.tree.version,
-        flags=" ".join(f"{name}={value}" for name, value in counting if value != getattr(defaults, name))[:4000],
-    )
-
-
-def _plain(value: Any) -> Any:
-    """A frozen JSON value as the json module takes it."""
-    if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
-
-
 def record_path(home: Path, question: Question) -> Path:
     """Where the record of that question is: asked/<model>-<hash>.json."""
     digest = hashlib.sha256(json.dumps(asdict(question), sort_keys=True).encode()).hexdigest()[:16]
@@ -178,36 +127,3 @@ def find(home: Path, question: Question) -> tuple[Asked | None, Damaged | None]:
 
 
 # --- from a name to what is tuned ------------------------------------------------------------------------------------
-
-
-def decision_for(situation: Situation, kind: int, asked: Asked) -> Decision:
-    """The decision of that kind of card, with what SGLang asked for in place of what the rules worked out.
-
-    The name speaks of the first kind of card, whichever kind is meant: SGLang goes by its first card.
-
-    Raises:
-        ValueError: the name speaks of a layer that moefix cannot tune; the text says why.
-    """
-    from fixer.model.rules.decide import Outcome, TRITON, layer_workload
-    from fixer.sglang.tree import workload_of_name
-    from fixer.workload import Projection
-
-    decision, card, tree = situation.decisions[kind], situation.cards[kind][0], situation.tree
-    named = situation.cards[0][0]
-    how = "at an earlier start" if asked.source == "log" else "when asked"
-    if not asked.gate_up:
-        reason = f"SGLang, when asked, looked for no MoE file{': ' + asked.ran if asked.ran else ''}"
-        return replace(
-            decision, outcome=Outcome.NO_LOOKUP, kernel=asked.ran or decision.kernel, reason=reason, workload=None
-        )
-    if decision.workload is not None and tree.file_name(decision.workload, named, Projection.GATE_UP) == asked.gate_up:
-        reason = f"SGLang looked for {asked.gate_up} {how}, as worked out"
-        return replace(decision, outcome=Outcome.ASKS, reason=reason)
-    base = decision.workload or layer_workload(situation.model, situation.flags, card, tree.version)
-    if base is None:
-        raise ValueError(f"the model is dense by its config.json, and yet SGLang asked for {asked.gate_up}")
-    workload = workload_of_name(asked.gate_up, base)
-    if tree.file_name(workload, named, Projection.GATE_UP) != asked.gate_up:
-        raise ValueError(f"SGLang asked for {asked.gate_up}, which is no file for {named.name}")
-    reason = f"SGLang looked for {asked.gate_up} {how}; tuning exactly that"
-    return replace(decision, outcome=Outcome.ASKS, kernel=TRITON, reason=reason, workload=workload)

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fixer.model.rules.decide import Decision, Outcome, decide
 from fixer.base.errors import CardError
-from fixer.sglang.flags import ServerFlags, parse_flags
-from fixer.machine.cards import Card, kinds, visible_cards, with_shared_memory_limit
-from fixer.model.rules.ladder import ladder
+from fixer.machine.cards import Card, kinds, with_shared_memory_limit
+from fixer.machine.driver import visible_cards
 from fixer.model.config import Model, load_model
-from fixer.sglang.tree import Tree, find_tree
+from fixer.model.rules.case import Decision, Outcome
+from fixer.model.rules.decide import decide
+from fixer.model.rules.ladder import ladder
+from fixer.sglang.find_tree import find_tree
+from fixer.sglang.flags import ServerFlags, parse_flags
+from fixer.sglang.tree import Tree
 
 TUNABLE = (Outcome.ASKS, Outcome.UNCERTAIN)
 """Outcomes with which SGLang reads a tuning file and gets past it."""

@@ -7,24 +7,17 @@ Tested against 0.4.9, 0.5.17 and 0.5.23. Line numbers below are of 0.5.17, in `f
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import importlib.util
-import json
 import os
 import re
-import subprocess
-import sys
-import tempfile
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
 
-from fixer.base.errors import SGLangError, harmless
+from fixer.base.errors import SGLangError
 from fixer.machine.cards import Card
+from fixer.sglang.tuning_files import read_rows
 from fixer.workload import NumberFormat, Projection, Tile, Workload
 
 LOW_SHARED_MEMORY = 128 * 1024
@@ -37,38 +30,6 @@ CONFIG_DIR_VARIABLE = "SGLANG_MOE_CONFIG_DIR"
 BEFORE_MOEFIX = ".before-moefix"
 """What moefix appends to the name of a file that it replaces; empty where there was none."""
 
-
-@dataclass(frozen=True)
-class Release:
-    """A release that moefix fetches by itself: any one wheel of it will do, since it is only read.
-
-    `triton` is the version that its torch brings (wheel metadata: sglang → torch → triton).
-    """
-
-    version: str
-    triton: str
-    python: str
-    wheel_sha256: str
-
-    def folder(self, cache: Path) -> Path:
-        """Where the fetched release is kept."""
-        return cache / "sglang" / f"{self.version}-{self.wheel_sha256[:12]}"
-
-    def is_kept(self, cache: Path) -> bool:
-        """Whether it was fetched before."""
-        return (self.folder(cache) / "complete").exists()
-
-
-PINNED = "0.5.17"
-
-RELEASES = {
-    release.version: release
-    for release in (
-        Release("0.4.9", "3.3.1", "3.11", "8c2a13c37bc505930675f907fadbd66eef0539c32e31343be1bd2c34a3cd4c80"),
-        Release("0.5.17", "3.6.0", "3.11", "575e38f5683624ded3b4bb267f637a098e5ed37d13a1d1ff5ea09bd781a04d16"),
-        Release("0.5.23", "3.8.0", "3.11", "00b3cd5b265ac76c64185fbb6b95424f324ddd9f428d0306b77bc9db9d859937"),
-    )
-}
 
 CONFIG_FOLDERS = (
     "srt/layers/moe/moe_runner/triton_utils/configs",
@@ -85,7 +46,6 @@ KERNEL_SOURCES = (
     "srt/layers/moe/fused_moe_triton/fused_moe_triton_kernels.py",
     "srt/layers/moe/fused_moe_triton/fused_moe.py",
 )
-VERSION_SOURCES = ("_version.py", "version.py")
 
 
 class Found(Enum):
@@ -356,216 +316,3 @@ def _triton_folder(triton: str) -> str:
 def _version_of_folder(folder: Path) -> tuple[int, ...]:
     digits = folder.name.removeprefix("triton_").split("_")
     return tuple(int(part) if part.isdigit() else -1 for part in digits)
-
-
-def read_rows(path: Path) -> dict[int, Tile]:
-    """The rows of a tuning file, in the file's order.
-
-    Raises:
-        ValueError: not such a file: not JSON, wrong types, absurd tiles.
-    """
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(str(error)) from error
-    if not isinstance(content, dict) or not content:
-        raise ValueError("not a JSON object with rows")
-    rows: dict[int, Tile] = {}
-    for key, row in content.items():
-        if not key.isdecimal() or not isinstance(row, dict):
-            raise ValueError(f"row {key!r} is not a batch size with a configuration")
-        rows[int(key)] = Tile.from_json(row)
-    return rows
-
-
-def nearest_row(rows: Mapping[int, Tile], tokens: int) -> Tile:
-    """SGLang's choice for M = `tokens`: the nearest key, the first one of a tie, no interpolation (CFG:300)."""
-    return rows[min(rows, key=lambda key: abs(key - tokens))]
-
-
-@dataclass(frozen=True)
-class OwnChoice:
-    """What SGLang runs for one M without moefix, and where it comes from ("default" or a file's path)."""
-
-    gate_up: Tile
-    down: Tile
-    gate_up_source: str
-    down_source: str
-
-
-def own_choices(tree: Tree, lookup: Lookup, workload: Workload, card: Card) -> Callable[[int], OwnChoice]:
-    """SGLang's own configuration of both projections as a function of M (CFG:264-341).
-
-    The files are read once. The down projection's BLOCK_SIZE_M is forced to the gate-up's, since both share one
-    sorting of tokens; a missing down file means the gate-up file's rows.
-
-    Raises:
-        SGLangError: a file that SGLang would read cannot be used.
-    """
-    up_rows = _usable_rows(lookup.gate_up_path)
-    down_rows = _usable_rows(lookup.down_path)
-
-    def choose(tokens: int) -> OwnChoice:
-        up, up_source = tree.default_tile(workload, card, tokens), "default"
-        if up_rows is not None:
-            up, up_source = nearest_row(up_rows, tokens), str(lookup.gate_up_path)
-        # Without a file of its own the down projection reuses the gate-up's row, but never its TMA (CFG:142-161).
-        down, down_source = replace(up, use_tma=False), up_source
-        if down_rows is not None:
-            chosen = nearest_row(down_rows, tokens)
-            down, down_source = replace(chosen, block_m=up.block_m), str(lookup.down_path)
-        return OwnChoice(up, down, up_source, down_source)
-
-    return choose
-
-
-def _usable_rows(path: Path | None) -> dict[int, Tile] | None:
-    if path is None:
-        return None
-    try:
-        return read_rows(path)
-    except ValueError as error:
-        raise SGLangError(
-            f"SGLang would read {path} and fail: {error}.", "Move that file away, or tune again with --fresh."
-        ) from error
-
-
-def find_tree(root: str | None, version: str | None, cache: Path, *, fetch: bool = True) -> Tree:
-    """The SGLang tree to work on.
-
-    Args:
-        root: `--sglang-root`: a package folder, a folder that holds `sglang/`, or a source checkout.
-        version: `--sglang`: a release to fetch instead of what is installed.
-        cache: where fetched releases are kept.
-        fetch: allow the pinned release to be fetched where no SGLang is installed.
-
-    Raises:
-        SGLangError: there is none, or it is not SGLang.
-    """
-    if root is not None:
-        return tree_at(Path(root))
-    if version is not None:
-        installed = installed_tree()
-        return installed if installed and installed.version == version else fetched_tree(version, cache)
-    installed = installed_tree()
-    if installed is not None:
-        return installed
-    if not fetch:
-        raise SGLangError(
-            "SGLang is not installed in this Python environment.",
-            "Install it (pip install sglang), use the moefix image, or name a tree with --sglang-root.",
-        )
-    return fetched_tree(PINNED, cache)
-
-
-def installed_tree() -> Tree | None:
-    """The SGLang of this Python environment, found without importing it."""
-    spec = importlib.util.find_spec("sglang")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    package = Path(next(iter(spec.submodule_search_locations)))
-    if not (package / "srt").is_dir():
-        return None
-    return tree_at(package)
-
-
-def tree_at(root: Path) -> Tree:
-    """The tree in a folder given by the user.
-
-    Raises:
-        SGLangError: no SGLang is there, or its version cannot be told.
-    """
-    for package in (root, root / "sglang", root / "python" / "sglang"):
-        if (package / "srt").is_dir():
-            version = _version_of(package)
-            return Tree(package.resolve(), version, _triton_of(version))
-    raise SGLangError(
-        f"There is no SGLang in {root}.", "--sglang-root takes the folder that holds sglang/srt, or a source checkout."
-    )
-
-
-def _version_of(package: Path) -> str:
-    for relative in VERSION_SOURCES:
-        path = package / relative
-        if path.is_file():
-            match = re.search(r"^__version__\s*=\s*(?:version\s*=\s*)?['\"]([0-9][^'\"]*)", path.read_text(), re.M)
-            if match:
-                return match[1]
-    try:
-        return importlib.metadata.version("sglang")
-    except importlib.metadata.PackageNotFoundError:
-        raise SGLangError(
-            f"SGLang in {package} does not say which version it is.", "Install it, or check out a release tag."
-        ) from None
-
-
-def _triton_of(version: str) -> str:
-    """The Triton that runs with an SGLang tree: the installed one beside an installed SGLang, else the release's."""
-    spec = importlib.util.find_spec("sglang")
-    if spec is not None or version not in RELEASES:
-        try:
-            return importlib.metadata.version("triton")
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    return RELEASES.get(version, RELEASES[PINNED]).triton
-
-
-def fetched_tree(version: str, cache: Path) -> Tree:
-    """A known release's tree: from the cache, else from its wheel (pip, no dependencies, checked by hash).
-
-    Raises:
-        SGLangError: moefix does not know the release, or pip could not fetch it.
-    """
-    release = RELEASES.get(version)
-    if release is None:
-        raise SGLangError(
-            f"moefix cannot fetch SGLang {version}: it knows {', '.join(RELEASES)}.",
-            "Install that release, or name its folder with --sglang-root.",
-        )
-    home = release.folder(cache)
-    if not release.is_kept(cache):
-        _fetch(release, home)
-    return Tree(home / "sglang", version, release.triton)
-
-
-def _fetch(release: Release, home: Path) -> None:
-    home.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home.parent) as scratch:
-        wheel = _download(release, Path(scratch))
-        unpacked = Path(scratch) / "tree"
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(unpacked, [name for name in archive.namelist() if _wanted(name)])
-        (unpacked / "complete").write_text(release.wheel_sha256 + "\n")
-        try:
-            unpacked.rename(home)
-        except OSError:
-            if not (home / "complete").exists():  # else another process was faster
-                raise
-
-
-def _wanted(name: str) -> bool:
-    relative = name.removeprefix("sglang/")
-    if relative in (*LOOKUP_SOURCES, *KERNEL_SOURCES, *VERSION_SOURCES):
-        return True
-    return relative.endswith(".json") and relative.startswith(tuple(folder + "/triton_" for folder in CONFIG_FOLDERS))
-
-
-def _download(release: Release, scratch: Path) -> Path:
-    requirements = scratch / "requirements.txt"
-    requirements.write_text(f"sglang=={release.version} --hash=sha256:{release.wheel_sha256}\n")
-    # One wheel for every machine: it is only read, so neither this machine's Python nor its processor matters.
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary=:all:", "--require-hashes", "--implementation", "cp", "--python-version", release.python]
-    command += ["--platform", "manylinux_2_34_x86_64", "--dest", str(scratch), "--requirement", str(requirements)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    wheels = list(scratch.glob("sglang-*.whl"))
-    if result.returncode != 0 or len(wheels) != 1:
-        lines = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["pip gave no reason"]
-        raise SGLangError(
-            f"pip could not fetch SGLang {release.version}: {harmless(lines[-1].removeprefix('ERROR: '))}",
-            "Check that PyPI is reachable (pip's own settings are used), or name a tree with --sglang-root.",
-        )
-    digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
-    if digest != release.wheel_sha256:
-        raise SGLangError(f"The wheel of SGLang {release.version} is not the one that moefix knows.")
-    return wheels[0]

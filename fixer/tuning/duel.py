@@ -12,33 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from fixer.workload import Projection, Tile
-
-from fixer.tuning.search.trials import Kernel
+from fixer.workload import Kernel, TilePair
 
 LEAST_GAIN = 0.003
 """A gain below this fraction is not worth leaving SGLang's own configuration for (run-to-run spread: 0.1-0.3 %)."""
 
 CONFIDENCE = 3.0
 """Standard errors by which a gain must clear zero."""
-
-
-@dataclass(frozen=True)
-class TilePair:
-    """The configurations of one row; they share BLOCK_SIZE_M."""
-
-    gate_up: Tile
-    down: Tile
-
-    @property
-    def kernels(self) -> tuple[Kernel, Kernel]:
-        """The two kernels, gate-up first."""
-        return Kernel(Projection.GATE_UP, self.gate_up), Kernel(Projection.DOWN, self.down)
-
-    @property
-    def use_tma(self) -> bool:
-        """Whether one of them loads through tensor descriptors (SGLang's layer only: the sorting differs)."""
-        return self.gate_up.use_tma or self.down.use_tma
 
 
 @dataclass(frozen=True)

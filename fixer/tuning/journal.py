@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from fixer.artefacts.artefact import Environment
 from fixer.base.errors import StoreError
-from fixer.artefacts.shelf import Environment, check_tile, make_folder, set_aside, take_owner_of, utc_now
-from fixer.workload import Projection, Tile, Workload
-
+from fixer.base.files import make_folder, set_aside, take_owner_of, utc_now
 from fixer.tuning.search.runner import Look, More, Request, Runner
-from fixer.tuning.search.trials import Build, Kernel, Outcome, Timing
+from fixer.tuning.search.trials import Build, Outcome, Timing
+from fixer.workload import Kernel, Projection, Tile, Workload, check_tile
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (run TEXT PRIMARY KEY, environment TEXT NOT NULL, workload TEXT NOT NULL,

@@ -7,25 +7,11 @@ token), unless it was compiled before.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 
-from fixer.kernel.compile import Candidate
 from fixer.kernel.arguments import Product, padded_tokens
-from fixer.workload import Projection, Tile, Workload
-
-from fixer.tuning.duel import TilePair
-from fixer.kernel.space import BOTH
-
-
-def server_triton_cache() -> Path:
-    """The folder in which Triton keeps compiled kernels for a server started with this environment."""
-    chosen = os.environ.get("TRITON_CACHE_DIR")
-    if chosen:
-        return Path(chosen)
-    # As Triton has it (knobs.py); Path.home() raises for a user without a name and HOME.
-    return Path(os.environ.get("TRITON_HOME") or os.path.expanduser("~")) / ".triton" / "cache"
+from fixer.kernel.compile import Candidate
+from fixer.workload import BOTH, Projection, Tile, TilePair, Workload
 
 
 def server_candidates(workload: Workload, rows: Mapping[int, TilePair], most_tokens: int) -> list[Candidate]:

@@ -3,35 +3,44 @@
 from __future__ import annotations
 
 import shutil
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fixer import __version__
-from fixer.kernel.pool import AdaptiveDeadline, FixedDeadline
-from fixer.base.errors import CardError, MoefixError, SGLangError, TuneError
-from fixer.machine.cards import Card, occupancy
-from fixer.kernel.compile import Candidate, Target, read_kernel_source
-from fixer.kernel.arguments import Product
+from fixer.artefacts.artefact import Artefact, Decision, RowChoice
+from fixer.artefacts.shelf import earlier_tiles
+from fixer.base.errors import MoefixError, SGLangError, TuneError
+from fixer.base.files import safe_name, utc_now
 from fixer.base.progress import Progress
-from fixer.sglang.tree import Lookup, Tree, own_choices
-from fixer.artefacts.shelf import Artefact, Decision, Environment, Lock, RowChoice, earlier_tiles, safe_name, utc_now
-from fixer.tuning.duel import Duel, DuelRequest, KernelDuel, LEAST_GAIN, TilePair
-from fixer.tuning.journal import Journal, JournaledRunner, RunKey
+from fixer.kernel.arguments import Product
+from fixer.kernel.cache import server_triton_cache
+from fixer.kernel.compile import Candidate
+from fixer.kernel.pool import AdaptiveDeadline, FixedDeadline
+from fixer.kernel.space import Space
+from fixer.machine.driver import occupancy
 from fixer.machine.worker import ChildProcess, Fate, Handler
-from fixer.tuning.measure.memory import full_rotation, layer_room, needed_bytes, rotations, with_spare
+from fixer.sglang.own_choices import own_choices
+from fixer.sglang.tree import Lookup
+from fixer.tuning.duel import LEAST_GAIN, Duel, DuelRequest, KernelDuel
+from fixer.tuning.job import Job, Timeline, Tuned
+from fixer.tuning.journal import Journal, JournaledRunner, RunKey
+from fixer.tuning.measure.memory import (
+    CONTEXTS,
+    LARGEST_L2,
+    full_rotation,
+    layer_room,
+    needed_bytes,
+    with_spare,
+)
+from fixer.tuning.precompile import server_candidates
+from fixer.tuning.row_choice import row_choice
 from fixer.tuning.search.runner import Look, look_closer, run_rounds
 from fixer.tuning.search.search import Limits, Search
 from fixer.tuning.search.seeds import seeds
-from fixer.kernel.space import BOTH, Space
-from fixer.tuning.search.trials import Outcome, Timing
-from fixer.tuning.precompile import server_candidates, server_triton_cache
-from fixer.workload import Projection, Tile, Workload
+from fixer.tuning.search.trials import Outcome
+from fixer.workload import BOTH, Projection, Tile, TilePair, Workload
 
 if TYPE_CHECKING:
     from fixer.tuning.measure.card_runner import CardRunner
@@ -42,118 +51,9 @@ DUEL_SECONDS = 60.0
 EXTRA_DUELS = 2
 """How often a row that is too close to call is timed again."""
 
-LARGEST_L2 = 128 << 20
-"""Bytes: no card has a larger L2 cache (B200: 126 MiB); which this one has is known to the measuring process only."""
-
-SMALLEST_L2 = 1 << 20
-"""Bytes: no card that Triton compiles for has less (Jetson)."""
-
-SECOND_LOOK_SECONDS = 1.5
-"""The driver's load is that of up to a second before."""
-
-CONTEXTS = 1 << 30
-"""Bytes that two processes' CUDA contexts and libraries take on a card, about."""
 
 LAYER_START_SECONDS = 90.0
 """How long the finals wait for SGLang to be imported before they go on without its layer."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to tune, where, and for whom.
-
-    Attributes:
-        tree: SGLang's.
-        workload: the layer on one shard.
-        cards: the cards to measure on, all of one kind.
-        rows: every M to choose for, ascending.
-        model, revision: for the record.
-        home: the data folder.
-        exhaustive: sweep the whole space instead of searching it.
-        fresh: forget what the journal has of this workload.
-        layer_package: an importable `sglang` package for the finals, None for finals on the bare kernels.
-    """
-
-    tree: Tree
-    workload: Workload
-    cards: tuple[Card, ...]
-    rows: tuple[int, ...]
-    model: str
-    revision: str
-    home: Path
-    exhaustive: bool = False
-    fresh: bool = False
-    layer_package: Path | None = None
-
-    @property
-    def card(self) -> Card:
-        """The kind of card."""
-        return self.cards[0]
-
-    @cached_property
-    def target(self) -> Target:
-        """What to compile for."""
-        return Target(read_kernel_source(self.tree.kernel_source), self.card.arch, self.home / "kernels")
-
-    @cached_property
-    def environment(self) -> Environment:
-        """What the measurements will depend on."""
-        return environment_of(self.tree, self.card)
-
-
-def environment_of(tree: Tree, card: Card) -> Environment:
-    """Everything that makes an artefact hold or not."""
-    return Environment(
-        card=card.name,
-        capability=card.capability,
-        shared_memory=card.shared_memory,
-        driver=card.driver,
-        triton=tree.triton,
-        sglang=tree.version,
-        kernel_hash=read_kernel_source(tree.kernel_source).sha256,
-        moefix=__version__,
-    )
-
-
-@dataclass
-class Timeline:
-    """Where the time goes: seconds by phase, in order."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    _last: float = field(default_factory=time.monotonic)
-    _began: float = field(default_factory=time.monotonic)
-
-    def mark(self, phase: str) -> None:
-        """The time since the last mark belongs to this phase."""
-        now = time.monotonic()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
-        self._last = now
-
-    @property
-    def total(self) -> float:
-        """Seconds since the beginning."""
-        return time.monotonic() - self._began
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """What tuning came to.
-
-    Attributes:
-        artefact: the rows with their verdicts.
-        looks: every kernel that was tried.
-        timings: the best known time of each kernel and row.
-        resumed: how many of them came from the journal.
-        timeline: seconds by phase.
-        notes: what a user should know.
-    """
-
-    artefact: Artefact
-    looks: tuple[Look, ...]
-    timings: tuple[Timing, ...]
-    resumed: int
-    timeline: Mapping[str, float]
-    notes: tuple[str, ...]
 
 
 def tune(job: Job, progress: Progress) -> Tuned:
@@ -168,54 +68,6 @@ def tune(job: Job, progress: Progress) -> Tuned:
             f"Use SGLang 0.5.17 or newer; `moefix plan` works for {job.tree.version} too.",
         )
     return _Session(job, progress).run()
-
-
-def turn(home: Path, card: Card, progress: Progress) -> Lock:
-    """The right to tune on a kind of card, among all that share the data folder; for use in a `with` statement.
-
-    Whoever had to wait finds the other's result in the data folder: it is kept before the turn ends.
-    """
-    lock = home / "locks" / f"{safe_name(card.sglang_name)}.lock"
-    is_said = False
-
-    def say_who(seconds: float, holder: str) -> None:
-        nonlocal is_said
-        if not is_said:
-            progress.note(f"another moefix is tuning on this volume ({holder}); waiting for it")
-        is_said = True
-
-    return Lock(lock, waiting=say_who, waited=lambda: progress.note("the other moefix is done; going on"))
-
-
-def state_of_cards(job: Job) -> tuple[str, ...]:
-    """What else uses the cards, one line for each that is not free for measuring.
-
-    Raises:
-        CardError: so little memory is free that no layout of the weights fits (`tuning.room`).
-    """
-    lines: list[str] = []
-    for card in job.cards:
-        found = occupancy(card)
-        if found.is_busy:  # perhaps with the end of what another moefix did
-            time.sleep(SECOND_LOOK_SECONDS)
-            found = occupancy(card)
-        who = f"{card.name} (device {card.index or 0})"
-        if found.is_busy:
-            lines.append(
-                f"{who} is {found.busy_percent} % busy, held {found.held_by()}: its times will be less certain"
-            )
-        if found.free_mib is None:
-            continue
-        free, products = found.free_mib << 20, {p: Product(job.workload, p, job.rows[-1]) for p in BOTH}
-        state = f"{found.free_mib} of {card.memory_mib} MiB are free on {who}, which is held {found.held_by()}"
-        if rotations(products, SMALLEST_L2, free) is None:
-            raise CardError(f"Too little to tune: {state}.", "Stop what else uses the card, and try again.")
-        if (
-            with_spare(sum(needed_bytes(product, full_rotation(product, LARGEST_L2)) for product in products.values()))
-            > free
-        ):
-            lines.append(f"{state}: tuning takes smaller weights")
-    return tuple(lines)
 
 
 class _Session:
@@ -497,64 +349,3 @@ def build_layer(package: Path, workload: Workload, device: int, most_tokens: int
     from fixer.tuning.measure.layer_bench import LayerSetup, layer_handler
 
     return layer_handler(LayerSetup(package, workload, device, most_tokens))
-
-
-def row_choice(request: DuelRequest, sglang_own: TilePair, layer: Duel | None, kernels: KernelDuel | None) -> RowChoice:
-    """A row's verdict from its duels.
-
-    Args:
-        request: what was timed; its `own` is None where SGLang's own is the winner itself, or does not run.
-        sglang_own: SGLang's own pair, timed or not.
-        layer: the duel through SGLang's layer, None where there was none: then the kernels' duel decides.
-        kernels: the duel of the bare kernels, for the single kernels' times.
-
-    Raises:
-        TuneError: nothing was timed.
-    """
-    judge = layer or (kernels.duel if kernels else None)
-    if judge is None:
-        raise TuneError(f"The finals could not time M={request.tokens}.")
-    same = request.tuned == sglang_own
-    unjudged = request.own is not None and not judge.own  # a TMA file, and no layer to time it through
-    keeps = same or unjudged or (request.own is not None and not judge.is_won)
-    pair = sglang_own if keeps else request.tuned
-    medians = kernels.medians if kernels else {}
-
-    def median_of(pair: TilePair, projection: int) -> float | None:
-        return medians.get(pair.kernels[projection])
-
-    layer_us = statistics.median(layer.tuned) if layer else None
-    own_layer_us = statistics.median(layer.own) if layer and layer.own else (layer_us if same else None)
-    times = (median_of(pair, 0), median_of(pair, 1), median_of(sglang_own, 0), median_of(sglang_own, 1))
-    layer_times = (own_layer_us if keeps else layer_us, own_layer_us)
-    decision = Decision.KEPT_SGLANG if keeps else Decision.TUNED
-    if None in times and None in layer_times:
-        decision = Decision.FITTING_ONLY
-    noise = judge.noise if judge.own and judge.noise < 1000 else None
-    return RowChoice(request.tokens, pair.gate_up, pair.down, decision, *times, noise, *layer_times)
-
-
-def covers(artefact: Artefact, rows: Sequence[int]) -> bool:
-    """Whether an artefact has every row that a server needs."""
-    return set(rows) <= {row.batch for row in artefact.rows}
-
-
-def geometric_gain(artefact: Artefact, within: Callable[[int], bool] = lambda _: True) -> float | None:
-    """By which factor the artefact's rows are faster than SGLang's own, None where nothing was compared."""
-    ratios = []
-    for row in artefact.rows:
-        compared = compared_times(row)
-        if compared is not None and within(row.batch):
-            own, ours = compared
-            ratios.append(own / ours)
-    return statistics.geometric_mean(ratios) if ratios else None
-
-
-def compared_times(row: RowChoice) -> tuple[float, float] | None:
-    """SGLang's own time of a row and ours, in microseconds: the layer's, else both kernels'; None where one lacks."""
-    if row.sglang_layer_us is not None and row.layer_us is not None:
-        return row.sglang_layer_us, row.layer_us
-    up, down, own_up, own_down = row.times
-    if up is None or down is None or own_up is None or own_down is None:
-        return None
-    return own_up + own_down, up + down

@@ -21,8 +21,9 @@ from artefacts import RTX_4090, artefact_of
 from engine import BASE, FAKE_TOKEN, ROOT, docker
 from fake_driver import build_driver
 
-from fixer.artefacts.install import Pair, render_table
-from fixer.sglang.tree import PINNED
+from fixer.artefacts.install import Pair
+from fixer.sglang.releases import PINNED
+from fixer.sglang.tuning_files import render_table
 
 pytestmark = pytest.mark.docker
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from engine import IMAGE, build, docker
 
-from fixer.sglang.tree import PINNED, fetched_tree
+from fixer.sglang.find_tree import fetched_tree
+from fixer.sglang.releases import PINNED
 
 pytestmark = pytest.mark.docker
 

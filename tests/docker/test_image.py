@@ -9,7 +9,7 @@ import pytest
 from engine import BASE, FAKE_TOKEN, IMAGE, REVISION, build, build_environment, build_options, docker
 
 import fixer
-from fixer.sglang.tree import PINNED, RELEASES
+from fixer.sglang.releases import PINNED, RELEASES
 
 pytestmark = pytest.mark.docker
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from fixer.kernel.arguments import Role
+from fixer.machine.worker import Handler
 from fixer.tuning.measure import card_bench as bench_module
 from fixer.tuning.measure.card_bench import Bench, Loaded, Setup
 from fixer.tuning.measure.requests import LookAt, measuring_handler
-from fixer.machine.worker import Handler
 from fixer.workload import Tile
 
 GOOD = Tile(16, 64, 128, 1, 4, 3)

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from fixer.machine.cards import visible_cards
-from fixer.kernel.compile import Target, read_kernel_source
-from fixer.sglang.tree import find_tree
+from fixer.kernel.compile import Target
+from fixer.kernel.source import read_kernel_source
+from fixer.machine.driver import visible_cards
+from fixer.sglang.find_tree import find_tree
 from fixer.tuning.measure import card_runner
 from fixer.tuning.measure.card_runner import CardRunner
 from fixer.tuning.search.runner import Request
-from fixer.tuning.search.trials import Kernel, Outcome
-from fixer.workload import NumberFormat, Projection, Workload
+from fixer.tuning.search.trials import Outcome
+from fixer.workload import Kernel, NumberFormat, Projection, Workload
 
 sys.path.insert(0, str(Path(__file__).parent))
 import faults

@@ -19,23 +19,26 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
-from fixer.model.download import process as fetch
-from fixer.base.errors import HubError, MoefixError, StoreError, told
-from fixer.model.download.process import Bytes, Done, Failed, Message, Plan, Request, Trouble, from_line
-from fixer.model.hub import hub_cache, is_commit, is_hub_id, uses_modelscope
-from fixer.model.config import Model, Source
+from fixer.base.errors import HubError, MoefixError, StoreError
+from fixer.base.files import read_or_set_aside, safe_name, write_atomically
+from fixer.base.json_reading import parse_json
 from fixer.base.progress import Transfer, gigabytes, terminal_progress
+from fixer.base.status import Phase, Share
+from fixer.base.status_board import Board
+from fixer.base.text import told
 from fixer.machine.signals import ALARM
-from fixer.base.status_board import Board, Phase, Share
-from fixer.artefacts.shelf import parse_json, read_or_set_aside, safe_name, write_atomically
+from fixer.model.config import Model, Source
+from fixer.model.download import process as fetch
+from fixer.model.download.messages import Bytes, Done, Failed, Message, Plan, Request, Trouble, from_line
 from fixer.model.download.weights import FETCHED, Presence
+from fixer.model.hub import hub_cache, is_commit, is_hub_id, uses_modelscope
 
 if TYPE_CHECKING:
     from fixer.sglang.flags import ServerFlags
 
 
 class Voice(Protocol):
-    """What moefix says (fixer.serve.serve.Voice)."""
+    """What moefix says (fixer.base.voice.Voice)."""
 
     @property
     def quiet(self) -> bool:

@@ -14,7 +14,8 @@ from enum import Enum
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
-from fixer.artefacts.shelf import parse_json, read_bounded
+from fixer.base.files import read_bounded
+from fixer.base.json_reading import parse_json
 
 _SAFETENSORS, _BIN, _PT, _CONSOLIDATED = "*.safetensors", "*.bin", "*.pt", "consolidated*.safetensors"
 

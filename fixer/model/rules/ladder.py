@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from fixer.model.rules.families import NEW, NEWEST, OLD, at_least, rules_for
-from fixer.sglang.flags import ServerFlags
 from fixer.machine.cards import Card
+from fixer.sglang.flags import ServerFlags
+from fixer.sglang.releases import NEW, NEWEST, OLD, at_least, rules_for
 from fixer.workload import Workload
 
 BASE_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)

@@ -12,28 +12,24 @@ import os
 import select
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fixer.serve.asked import Asked, decision_for, find, keep, question_of
+from fixer.base.errors import SGLangError, StoreError, TuneError
+from fixer.base.files import write_atomically
+from fixer.base.text import harmless
 from fixer.machine.processes import HURRY_SECONDS, end_group, free_port, start_child
-from fixer.model.rules.decide import Decision, Outcome
-from fixer.base.errors import SGLangError, StoreError, TuneError, harmless
-from fixer.model.rules.families import NEW, at_least, look_up
-from fixer.sglang.flags import ServerFlags, parse_flags, plain_flags
-from fixer.serve.launch import MoefixOptions, server_command
-from fixer.model.config import Model
-from fixer.base.progress import terminal_progress
-from fixer.sglang.log_lines import read_line
 from fixer.machine.signals import deferred
-from fixer.base.status_board import Phase
-from fixer.artefacts.shelf import utc_now, write_atomically
-from fixer.serve.log.verdict import Expected, SETTLING_SECONDS, Seen, down_name, ran_instead
+from fixer.model.config import Model
+from fixer.serve.asking.few_layers import few_layers, thawed
+from fixer.serve.log.verdict import SETTLING_SECONDS, Expected, Seen, ran_instead
+from fixer.sglang.flags import ServerFlags, parse_flags, plain_flags
+from fixer.sglang.log_lines import read_line
+from fixer.sglang.server import server_command
 
 if TYPE_CHECKING:
-    from fixer.serve.serve import Voice
     from fixer.serve.situation import Situation
 
 LIMIT_SECONDS = 300.0
@@ -53,114 +49,6 @@ ADDED_FLAGS = (
     *("--host", "127.0.0.1", "--max-total-tokens", "8192"),
 )
 """Last on the command line, where they count (argparse). In every release from 0.4.9 to 0.5.23."""
-
-
-def as_asked(situation: Situation, argv: Sequence[str], options: MoefixOptions, home: Path, say: Voice) -> Situation:
-    """The situation with what SGLang asked for, at an earlier start or now, in place of what the rules worked out.
-
-    SGLang names its files after the first card, so it is asked once, and its answer holds for every kind of card.
-    """
-    asked = _known(situation, options, home, say)
-    if asked is None and any(_wanted(decision.outcome, options) for decision in situation.decisions):
-        asked = _asked_in_turn(situation, argv, home, say, strict=options.strict)
-    if asked is None:
-        return situation
-    decisions = (
-        _corrected(situation, kind, asked, say) if kind == 0 or decision.outcome not in UNABLE else decision
-        for kind, decision in enumerate(situation.decisions)
-    )
-    return replace(situation, decisions=tuple(decisions))
-
-
-def _corrected(situation: Situation, kind: int, asked: Asked, say: Voice) -> Decision:
-    try:
-        return decision_for(situation, kind, asked)
-    except ValueError as fault:
-        say.warning(f"{fault}; SGLang's own configuration is served")
-        return replace(situation.decisions[kind], outcome=Outcome.NO_LOOKUP, reason=str(fault), workload=None)
-
-
-def _known(situation: Situation, options: MoefixOptions, home: Path, say: Voice) -> Asked | None:
-    asked, damaged = find(home, question_of(situation, 0))
-    if damaged is not None:
-        say.warning(str(damaged))
-    fresh = options.ask and options.fresh
-    return None if fresh else asked
-
-
-UNABLE = (Outcome.NO_MOE, Outcome.LOAD_ERROR, Outcome.ASKS_THEN_CRASHES)
-"""Outcomes with which there is nothing to ask."""
-
-
-def _wanted(outcome: Outcome, options: MoefixOptions) -> bool:
-    """Whether SGLang is to be asked. A start that measures nothing does not wait for an answer either."""
-    able = outcome not in UNABLE and not options.skip_tune and not options.dry_run
-    return able and (options.ask or outcome is Outcome.UNCERTAIN)
-
-
-def _asked_in_turn(situation: Situation, argv: Sequence[str], home: Path, say: Voice, *, strict: bool) -> Asked | None:
-    """Ask while nobody measures on the card, or take what another moefix was answered meanwhile.
-
-    Returns:
-        None, with a note, where there is no answer.
-
-    Raises:
-        SGLangError, TuneError, StoreError: there is none, and `strict`.
-    """
-    from fixer.tuning.session import turn
-
-    question = question_of(situation, 0)
-    before, _ = find(home, question)
-    try:
-        with contextlib.ExitStack() as stack:
-            progress = say.follow(stack.enter_context(terminal_progress(quiet=say.quiet)))
-            # In one order for all, or two that ask could wait for each other.
-            for card in sorted((cards[0] for cards in situation.cards), key=lambda card: card.sglang_name):
-                stack.enter_context(turn(home, card, progress))
-            meanwhile, _ = find(home, question)
-            if meanwhile not in (None, before):
-                return meanwhile
-            with _on_board(say):
-                return _asked_now(situation, argv, home, say)
-    except (SGLangError, TuneError, StoreError) as fault:
-        if strict:
-            raise
-        say.warning(f"{fault.message} {fault.hint}".strip() + "; going by moefix's rules")
-        return None
-
-
-@contextlib.contextmanager
-def _on_board(say: Voice) -> Iterator[None]:
-    if say.board is not None:
-        say.board.update(phase=Phase.ASKING, detail="SGLang, which file it looks for")
-    try:
-        yield
-    finally:
-        if say.board is not None:
-            say.board.update(phase=Phase.STARTING, detail="")
-
-
-def _asked_now(situation: Situation, argv: Sequence[str], home: Path, say: Voice) -> Asked:
-    """Ask, and keep the answer.
-
-    Raises:
-        SGLangError, TuneError: there is none.
-    """
-    say.line("asking SGLang itself which MoE file it looks for (dummy weights, few layers) ...")
-    began = time.monotonic()
-    answer = ask(situation, argv, home)
-    took = f"asked in {time.monotonic() - began:.0f} s"
-    if answer.gate_up:
-        say.line(f"{took}: SGLang looks for {answer.gate_up}" + ("" if len(answer.others) == 0 else " and for others"))
-    else:
-        say.line(f"{took}: SGLang looks for no MoE file; {answer.ran}")
-    down = down_name(answer.gate_up) if answer.gate_up and situation.tree.reads_down_file else ""
-    asked = Asked(question_of(situation, 0), answer.gate_up, down, "asking", utc_now(), answer.ran)
-    try:
-        keep(home, asked)
-    except StoreError as fault:
-        say.warning(fault.message)
-    return asked
 
 
 @dataclass(frozen=True)
@@ -204,7 +92,7 @@ def ask(situation: Situation, argv: Sequence[str], home: Path, limit: float = LI
 def asking_flags(argv: Sequence[str], model: Model, flags: ServerFlags, release: str, port: int) -> tuple[str, ...]:
     """The user's flags but for secrets and TLS, and after them those that make the start quick."""
     added = [*ADDED_FLAGS, "--port", str(port), "--max-running-requests", str(8 * flags.dp_size)]
-    overrides = {**_thawed(flags.model_overrides)}
+    overrides = {**thawed(flags.model_overrides)}
     for name, value in few_layers(model, flags, release).items():
         inner = overrides.get(name)
         overrides[name] = {**inner, **value} if isinstance(inner, dict) and isinstance(value, dict) else value
@@ -215,91 +103,6 @@ def asking_flags(argv: Sequence[str], model: Model, flags: ServerFlags, release:
 
 def _kept(argv: Sequence[str]) -> list[str]:
     return [word for word in plain_flags(argv) if word not in DROPPED_SWITCHES]
-
-
-def _thawed(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _thawed(item) for name, item in value.items()}
-    return [_thawed(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
-SHELLS = ("text_config", "llm_config", "language_config")
-
-
-def few_layers(model: Model, flags: ServerFlags, release: str) -> dict[str, Any]:
-    """Overrides of config.json that leave the first layers only, up to an MoE layer; {} to leave it as it is.
-
-    SGLang 0.4.9 replaces a nested object as a whole, and no release merges two levels deep.
-    """
-    config = model.text_config
-    name = next((name for name in LAYER_COUNTS if isinstance(config.get(name), int)), "")
-    whole = config.get(name, 0)
-    wanted = max(layers_to_experts(config), flags.pp_size)
-    if not name or wanted >= whole:
-        return {}
-    # Lists and patterns of one entry a layer are checked against the number of layers by transformers.
-    short = {
-        field_name: _thawed(value[:wanted])
-        for field_name, value in config.items()
-        if isinstance(value, (tuple, list, str)) and len(value) == whole and field_name not in {"architectures"}
-    }
-    change = {name: wanted, **short}
-    if config is model.config:
-        return change
-    shell = next((shell for shell in SHELLS if model.config.get(shell) is config), "")
-    return {shell: change} if shell and at_least(release, NEW) else {}
-
-
-MOST_LAYERS = 4096
-
-
-def layers_to_experts(config: Mapping[str, Any]) -> int:
-    """The least number of leading layers with an MoE layer and each kind of attention among them."""
-    first = next((index for index in range(MOST_LAYERS) if _is_moe(config, index)), 0)
-    return max(first + 1, _kinds_of_attention(config))
-
-
-def _number(config: Mapping[str, Any], *names: str) -> int | None:
-    for name in names:
-        value = look_up(config, name)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return int(value)
-    return None
-
-
-def _is_moe(config: Mapping[str, Any], index: int) -> bool:
-    """Whether a layer has experts, by the fields that SGLang's and transformers' models read."""
-    dense_before = _number(config, "first_k_dense_replace", "num_dense_layers", "moe_layer_start_index") or 0
-    steps = [
-        (_number(config, "decoder_sparse_step", "interleave_moe_layer_step"), index + 1),  # qwen2_moe.py, llama4.py
-        (_number(config, "moe_layer_interval"), index + 1),  # ernie4.py
-        (_number(config, "moe_layer_freq"), index),  # deepseek_v2.py
-    ]
-    listed = config.get("moe_layers_enum", config.get("moe_layers"))  # step3
-    numbers = listed.split(",") if isinstance(listed, str) else listed
-    frequency = config.get("moe_layer_freq")
-    pattern = config.get("hybrid_override_pattern")  # nemotron_h.py: one letter a layer
-    dense = config.get("mlp_only_layers")
-    return (
-        index >= dense_before
-        and all(not step or step < 1 or place % step == 0 for step, place in steps)
-        and not (isinstance(numbers, (list, tuple)) and numbers and str(index) not in {str(n).strip() for n in numbers})
-        and not (isinstance(frequency, (list, tuple)) and index < len(frequency) and not frequency[index])
-        and not (isinstance(pattern, str) and index < len(pattern) and pattern[index] != "E")
-        and not (isinstance(dense, (list, tuple)) and index in dense)
-    )
-
-
-def _kinds_of_attention(config: Mapping[str, Any]) -> int:
-    """Leading layers that hold every kind of layer: the memory pools of hybrid models need one of each."""
-    interval = _number(config, "full_attention_interval") or 1
-    needed = [interval if 0 < interval < MOST_LAYERS else 1]
-    for name in ("layer_types", "layers_block_type", "hybrid_override_pattern"):
-        kinds = config.get(name)
-        if isinstance(kinds, (list, tuple, str)) and kinds and all(isinstance(kind, str) for kind in kinds):
-            needed.append(1 + max(list(kinds).index(kind) for kind in set(kinds)))
-    return max(needed)
 
 
 # --- the server ------------------------------------------------------------------------------------------------------

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from fixer.serve.asked import find, question_of, record_path
-from fixer.model.rules.decide import Outcome
-from fixer.sglang.flags import ServerFlags
 from fixer.artefacts.install import Installation
-from fixer.serve.log.relay import Settings
-from fixer.serve.situation import Situation
+from fixer.model.rules.case import Outcome
+from fixer.serve.asked import find, record_path
+from fixer.serve.asked_question import question_of
+from fixer.serve.log.settings import Settings
 from fixer.serve.log.verdict import Expected
+from fixer.serve.situation import Situation
+from fixer.sglang.flags import ServerFlags
 from fixer.workload import Projection
 
 LOOKS = (Outcome.ASKS, Outcome.UNCERTAIN, Outcome.ASKS_THEN_CRASHES)

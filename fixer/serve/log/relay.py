@@ -20,37 +20,24 @@ Standard library only, about 14 MB, of which the standby shares nearly all.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import select
 import signal
 import socket
-import stat
-import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fixer.serve.log import diagnose
-from fixer.sglang import log_lines as sglang_log
 from fixer.serve.log.diagnose import Diagnosis, Explanation
+from fixer.serve.log.settings import Settings
+from fixer.serve.log.stream import LINE_CAP, PIECE, Stream
+from fixer.serve.log.verdict import HARMLESS, PASSING, Watch
+from fixer.sglang import log_lines as sglang_log
 from fixer.sglang.log_lines import LogLine, Said
-from fixer.serve.log.verdict import Expected, HARMLESS, PASSING, Watch
-
-PIECE = 1 << 16
-"""Most bytes of one read."""
-
-PIPE_BYTES = 1 << 20
-"""Size of the server's pipes, the most that Linux lets anybody have by default."""
-
-LINE_CAP = 1 << 16
-"""Of a longer line only the end is looked at, in bytes. SGLang's longest, its arguments, has some 12 KiB."""
 
 FRAME_CAP = 1000
 """Bytes that are kept of a line for the frames above an error."""
@@ -61,112 +48,12 @@ FLOOD_SECONDS = 0.25
 PATIENCE = 0.3
 """Seconds that moefix's own words wait for the server to end its line."""
 
-START_SECONDS = 10.0
-"""How long moefix waits for the relay's sign of life before it starts the server without one."""
 
 _MARKERS = (*sglang_log.MARKERS, *diagnose.MARKERS)
 _IGNORED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGPIPE", "SIGTSTP", "SIGTTOU", "SIGTTIN", "SIGUSR1", "SIGUSR2")
-_BOOT = "import sys; sys.path.append(sys.argv[1]); from fixer.serve.log.relay import main; main(sys.argv[2:])"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the relay is told.
-
-    Attributes:
-        expected: what moefix did, for the verdict.
-        card: the card's name, for explanations.
-        quiet: say only what must be known.
-        state: the server's state file (`fixer.base.status_board`), "" for none.
-        record: path of the file that keeps a name that SGLang asked for (`fixer.serve.asked`), "" for none.
-        question: the rest of that file's content.
-    """
-
-    expected: Expected = field(default_factory=Expected)
-    card: str = ""
-    quiet: bool = False
-    state: str = ""
-    record: str = ""
-    question: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> str:
-        """For the relay's standard input."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Settings:
-        """What `to_json` wrote."""
-        row = json.loads(text)
-        return cls(**{**row, "expected": Expected.from_json(row["expected"])})
 
 
 # --- in moefix, before it becomes the server -------------------------------------------------------------------------
-
-
-def start_relay(settings: Settings) -> bool:
-    """Have this process's standard output and error go through a relay from now on.
-
-    Returns:
-        False where that cannot be had; then nothing has changed.
-    """
-    try:
-        streams = [1] if _same_file(1, 2) else [1, 2]
-        pipes = [_pipe() for _ in streams]
-    except OSError:
-        return False  # closed, or no file descriptors left: the server is better off as it is
-    try:
-        if not _launch(settings, [(read, out) for (read, _), out in zip(pipes, streams, strict=True)]):
-            return False
-        for descriptor in (1, 2):
-            os.dup2(pipes[min(descriptor, len(pipes)) - 1][1], descriptor)
-        return True
-    finally:
-        for pipe in pipes:
-            for end in pipe:
-                os.close(end)
-
-
-def _pipe() -> tuple[int, int]:
-    reader, writer = os.pipe()
-    with contextlib.suppress(OSError):  # a user with many pipes gets smaller ones
-        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-    return reader, writer
-
-
-def _same_file(one: int, other: int) -> bool:
-    """Whether both descriptors lead to one place, so that one pipe must keep the order of what goes there."""
-    first, second = os.fstat(one), os.fstat(other)
-    return (first.st_dev, first.st_ino, first.st_rdev) == (second.st_dev, second.st_ino, second.st_rdev)
-
-
-def _launch(settings: Settings, streams: list[tuple[int, int]]) -> bool:
-    """Start the pair and wait for its sign of life."""
-    ready, sign = os.pipe()
-    words = [f"{source}:{target}" for source, target in streams]
-    command = [sys.executable, "-I", "-S", "-c", _BOOT, str(Path(__file__).resolve().parents[1]), str(sign), *words]
-    try:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            pass_fds=[sign, *(source for source, _ in streams)],
-            start_new_session=True,
-        )
-    except OSError:
-        os.close(ready)
-        return False
-    finally:
-        os.close(sign)
-    try:
-        process.communicate(settings.to_json().encode(), timeout=START_SECONDS)
-        found, _, _ = select.select([ready], [], [], START_SECONDS)
-        alive = bool(found) and os.read(ready, 1) == b"r"
-    except (OSError, subprocess.TimeoutExpired):
-        process.kill()
-        process.wait()
-        alive = False
-    finally:
-        os.close(ready)
-    return alive  # if not, and one starts late, it finds its pipes closed and ends
 
 
 # --- the pair --------------------------------------------------------------------------------------------------------
@@ -189,66 +76,6 @@ def main(words: list[str]) -> None:
     with contextlib.suppress(BaseException):  # nothing may come out here that is not the server's
         Relay(streams, settings).run(sign)
     os._exit(0)
-
-
-@dataclass
-class Stream:
-    """One of the server's outputs: where it comes in, where it goes, and what is held of it."""
-
-    source: int
-    target: int
-    pending: bytes = b""
-    carry: bytes = b""
-    """The begun line, for reading along."""
-    line_open: bool = False
-    """The last byte that went out did not end a line."""
-    ended: bool = False
-    gone: bool = False
-    """Nobody reads the output any more."""
-    recent: deque[bytes] = field(default_factory=lambda: deque(maxlen=diagnose.FRAMES))
-
-    def __post_init__(self) -> None:
-        mode = os.fstat(self.target).st_mode
-        # What poll calls writable takes so much of a pipe without blocking; a file takes anything.
-        self._step = PIECE if stat.S_ISREG(mode) else select.PIPE_BUF
-        self._poll = select.poll()
-        self._poll.register(self.target, select.POLLOUT)
-
-    def read(self) -> bytes:
-        """What is there, b"" at the end."""
-        data = os.read(self.source, PIECE)
-        self.ended = not data
-        return data
-
-    def put(self, data: bytes) -> None:
-        """Have `data` go out, as far as it can without waiting."""
-        self.pending = self.pending + data if self.pending else data
-        if data:
-            self.line_open = not data.endswith(b"\n")
-        self.push()
-
-    def push(self) -> None:
-        """Write as much as can be written without waiting."""
-        view, done = memoryview(self.pending), 0
-        while done < len(view) and not self.gone:
-            if not self._poll.poll(0):
-                break
-            try:
-                done += os.write(self.target, view[done : done + self._step])
-            except BlockingIOError:
-                break
-            except OSError as fault:
-                # A full disk may have room again; a broken pipe, a terminal hung up or a closed socket will not.
-                self.gone = fault.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-                done = len(view)
-        self.pending = b"" if self.gone else bytes(view[done:])
-
-    def lines(self, data: bytes) -> list[bytes]:
-        """The lines that `data` ends."""
-        text = self.carry + data
-        end = text.rfind(b"\n") + 1
-        self.carry = text[end:][-LINE_CAP:]
-        return text[: end - 1].split(b"\n") if end else []
 
 
 class Relay:
@@ -516,8 +343,9 @@ def _printable(text: str) -> str:
 
 def _keep(settings: Settings, note: Mapping[str, Any]) -> None:
     """Keep one thing that was learnt in the data folder."""
+    from fixer.base.status import Phase
+    from fixer.base.status_board import resume_board
     from fixer.serve.asked import keep_name
-    from fixer.base.status_board import Phase, resume_board
 
     if "asked" in note:
         if settings.record:

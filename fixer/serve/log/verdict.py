@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Any
 
-from fixer.sglang.log_lines import LogLine, QUIET_LEVELS, Said
+from fixer.sglang.log_lines import QUIET_LEVELS, LogLine, Said
 
 SETTLING_SECONDS = 2.0
 """SGLang looks for both files in one go, on every rank at about the same time: after this, what was seen is all."""

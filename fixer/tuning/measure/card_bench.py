@@ -13,18 +13,16 @@ from typing import Any
 import torch
 
 from fixer.base.errors import CardError, TuneError
-from fixer.kernel.compile import Candidate, Target, complaint, compute_type, kernel_function, warm_kernel
-from fixer.kernel.arguments import LaunchContext, Product, Role, launch_arguments, padded_tokens
 from fixer.base.progress import tell
-from fixer.workload import Projection, Workload
-
+from fixer.kernel.arguments import LaunchContext, Product, Role, launch_arguments, padded_tokens
+from fixer.kernel.compile import Candidate, Target, complaint, compute_type, kernel_function, warm_kernel
+from fixer.tuning.duel import Duel, KernelDuel, Via, rounds_for
 from fixer.tuning.measure.clock import Clock, Graph
-from fixer.tuning.duel import Duel, KernelDuel, TilePair, Via, rounds_for
 from fixer.tuning.measure.memory import COLD_FACTOR, needed_bytes, rotations, smallest_rotation, with_spare
 from fixer.tuning.measure.routing import MIX, Routing
-from fixer.kernel.space import BOTH
 from fixer.tuning.measure.tensors import Aligned, Layer, align, l2_bytes, make_layer, reference, relative_error, route
-from fixer.tuning.search.trials import Build, Kernel, Outcome, Timing
+from fixer.tuning.search.trials import Build, Outcome, Timing
+from fixer.workload import BOTH, Kernel, Projection, TilePair, Workload
 
 MAX_ERROR = 0.02
 """Relative Frobenius norm against the float32 reference; right kernels come to 0.002 to 0.004."""

@@ -15,18 +15,18 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from types import TracebackType
 
-from fixer.kernel.pool import AdaptiveDeadline, CompilePool, Deadline, usable_cores
 from fixer.base.errors import TuneError
-from fixer.kernel.compile import Candidate, CompileOutcome, Compiled, Target
-from fixer.workload import Projection, Tile, Workload
-
-from fixer.tuning.measure.card_bench import Setup
-from fixer.tuning.duel import DuelRequest, KernelDuel
-from fixer.tuning.measure.requests import LookAt, TimeCloser, measuring_handler
+from fixer.kernel.cache import server_triton_cache
+from fixer.kernel.compile import Candidate, Compiled, CompileOutcome, Target
+from fixer.kernel.pool import AdaptiveDeadline, CompilePool, Deadline
+from fixer.machine.processes import usable_cores
 from fixer.machine.worker import ChildProcess, Fate, Handler
+from fixer.tuning.duel import DuelRequest, KernelDuel
+from fixer.tuning.measure.card_bench import Setup
+from fixer.tuning.measure.requests import LookAt, TimeCloser, measuring_handler
 from fixer.tuning.search.runner import Look, More, Request
-from fixer.tuning.search.trials import Build, Kernel, Outcome, Timing
-from fixer.tuning.precompile import server_triton_cache
+from fixer.tuning.search.trials import Build, Outcome, Timing
+from fixer.workload import Kernel, Projection, Tile, Workload
 
 LOOK_SECONDS = 30.0
 """A kernel that keeps the card busy for longer hangs, or is of no use."""

@@ -8,18 +8,17 @@ from pathlib import Path
 
 import torch
 
-from fixer.base.errors import CardError, TuneError, told
+from fixer.base.errors import CardError, TuneError
+from fixer.base.text import told
 from fixer.kernel.arguments import Product, Role
-from fixer.sglang.layer import LayerWeights, OwnLayer
-from fixer.workload import Workload
-
-from fixer.tuning.measure.clock import Clock, Graph
-from fixer.tuning.duel import Duel, DuelRequest, TilePair, Via, rounds_for
 from fixer.machine.worker import Handler
+from fixer.sglang.layer import LayerWeights, OwnLayer
+from fixer.tuning.duel import Duel, DuelRequest, Via, rounds_for
+from fixer.tuning.measure.clock import Clock, Graph
 from fixer.tuning.measure.memory import layer_room
 from fixer.tuning.measure.routing import MIX
-from fixer.kernel.space import BOTH
 from fixer.tuning.measure.tensors import TORCH_TYPES, l2_bytes, make_layer, route
+from fixer.workload import BOTH, TilePair, Workload
 
 SCALES = {Role.B_SCALE: "scale", Role.B_ZERO_POINT: "zp"}
 """How SGLang names a projection's scales: w1_scale, w1_zp, w2_scale, w2_zp."""

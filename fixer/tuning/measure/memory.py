@@ -11,9 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from fixer.kernel.arguments import Operand, Product, Role, operands
-from fixer.workload import Projection, Tile, Workload
-
-from fixer.kernel.space import BOTH
+from fixer.workload import BOTH, Projection, Tile, Workload
 
 COLD_FACTOR = 4
 """Consecutive launches read this many times the L2 cache before they come back to the same weights."""
@@ -123,3 +121,15 @@ def layer_room(workload: Workload, tokens: int, l2_bytes: int) -> tuple[int, int
     element = Operand(workload.activation_dtype, (1,)).bytes
     passing = up.routed * (up.columns + down.depth + down.columns) + 2 * tokens * workload.hidden_size
     return copies, with_spare(needed + passing * element)
+
+
+LARGEST_L2 = 128 << 20
+"""Bytes: no card has a larger L2 cache (B200: 126 MiB); which this one has is known to the measuring process only."""
+
+
+SMALLEST_L2 = 1 << 20
+"""Bytes: no card that Triton compiles for has less (Jetson)."""
+
+
+CONTEXTS = 1 << 30
+"""Bytes that two processes' CUDA contexts and libraries take on a card, about."""

@@ -6,11 +6,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fixer.tuning.measure.card_bench import Bench, Setup
-from fixer.tuning.duel import DuelRequest, KernelDuel
 from fixer.machine.worker import Handler
+from fixer.tuning.duel import DuelRequest, KernelDuel
+from fixer.tuning.measure.card_bench import Bench, Setup
 from fixer.tuning.search.runner import Look
-from fixer.tuning.search.trials import Build, Kernel, Outcome, Timing
+from fixer.tuning.search.trials import Build, Outcome, Timing
+from fixer.workload import Kernel
 
 LOOK_REPLAYS = 3
 """Replays of a first, short look."""

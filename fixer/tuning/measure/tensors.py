@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from fixer.kernel.arguments import Operand, Product, Role
-from fixer.workload import NumberFormat, Workload
-
 from fixer.tuning.measure.memory import layer_operands
 from fixer.tuning.measure.routing import Routing, popularity
+from fixer.workload import NumberFormat, Workload
 
 TORCH_TYPES: Mapping[str, torch.dtype] = {
     "fp8e4nv": torch.float8_e4m3fn,

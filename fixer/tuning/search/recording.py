@@ -8,11 +8,10 @@ import io
 from collections.abc import Iterable
 from pathlib import Path
 
-from fixer.artefacts.shelf import write_atomically
-from fixer.workload import Projection
-
+from fixer.base.files import write_atomically
 from fixer.tuning.search.runner import Look
 from fixer.tuning.search.trials import Timing
+from fixer.workload import Projection
 
 COLUMNS = (
     "phase",

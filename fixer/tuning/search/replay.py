@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import TextIO
 
 from fixer.base.errors import UsageError
-from fixer.workload import Projection, Tile
-
 from fixer.tuning.search.runner import Look, More, Request
 from fixer.tuning.search.search import Pair, Search
-from fixer.kernel.space import BOTH
-from fixer.tuning.search.trials import Build, Kernel, Outcome, Timing
+from fixer.tuning.search.trials import Build, Outcome, Timing
+from fixer.workload import BOTH, Kernel, Projection, Tile
 
 TILE_COLUMNS = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "num_warps", "num_stages")
 REQUIRED_COLUMNS = ("phase", "M", *TILE_COLUMNS, "us")

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fixer.tuning.search.search import Search
-from fixer.tuning.search.trials import Build, Kernel, Timing
+from fixer.tuning.search.trials import Build, Timing
+from fixer.workload import Kernel
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from fixer.workload import Projection, Tile, Workload
-
+from fixer.kernel.space import AXES, Space, Step, impossible_after, makes_sense, tokens_per_expert
+from fixer.tuning.search.prediction import CROWDED_GROUP, PRIORS, Prediction, effect_of, together
 from fixer.tuning.search.seeds import anchors
-from fixer.kernel.space import AXES, BOTH, Space, Step, distance, impossible_after, makes_sense, tokens_per_expert
-from fixer.tuning.search.trials import Build, Kernel, Outcome, Timing
+from fixer.tuning.search.trials import Build, Outcome, Timing
+from fixer.workload import BOTH, Kernel, Projection, Tile, Workload
 
 
 @dataclass(frozen=True)
@@ -46,39 +46,6 @@ class Pair:
     tiles: Mapping[Projection, Tile]
     microseconds: float
 
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a time is thought to be: mean and standard deviation of its natural logarithm (of microseconds)."""
-
-    mean: float
-    deviation: float
-
-    def expected_gain(self, target: float) -> float:
-        """Expected improvement below a target time in microseconds, as a fraction of the target."""
-        z = (math.log(target) - self.mean) / self.deviation
-        if z < -4:
-            return 0.0
-        below = 0.5 * (1 + math.erf(z / math.sqrt(2)))
-        return self.deviation * (z * below + math.exp(-z * z / 2) / math.sqrt(2 * math.pi))
-
-
-PRIORS: Mapping[str, Prediction] = {
-    "block_m": Prediction(0.10, 0.10),
-    "block_n": Prediction(0.05, 0.07),
-    "block_k": Prediction(0.05, 0.06),
-    "group_m": Prediction(0.003, 0.010),
-    "num_warps": Prediction(0.03, 0.05),
-    "num_stages": Prediction(0.015, 0.040),
-}
-"""What a step away from a good tile does to the logarithm of its time, before anything is known: the medians and
-spreads in the H100 landscape within 3 % of each row's best, rounded."""
-
-CROWDED_GROUP = Prediction(0.005, 0.020)
-"""GROUP_SIZE_M where an expert fills several blocks: only then does the order of blocks decide what L2 holds."""
-
-SMALLEST_DEVIATION = 0.004
-"""No prediction is surer than two runs of one kernel agree (0.1 to 0.3 %), and a little more."""
 
 NEAR = 0.06
 """Tiles within this of the best of their BLOCK_SIZE_M (in logarithm) have their neighbours considered, ..."""
@@ -267,7 +234,7 @@ class Search:
             for tile, predictions in self._predictions(projection, tokens, heights).items():
                 target = best - self._other(projection, tokens, tile.block_m)
                 if target > 0:
-                    gain = _together(predictions).expected_gain(target) * target / best
+                    gain = together(predictions).expected_gain(target) * target / best
                     gains[Kernel(projection, tile)] = gain
         return {kernel: gain for kernel, gain in gains.items() if gain > 0}
 
@@ -281,7 +248,7 @@ class Search:
             for tile in [tile for tile in ranked[:FEW] if times[tile] <= times[ranked[0]] + NEAR]:
                 for step, neighbour in self._space.steps(tile):
                     if self._is_open(Kernel(projection, neighbour), tokens):
-                        effect = _effect(self._prior(step, neighbour, tokens), tile, seen.get(step, ()))
+                        effect = effect_of(self._prior(step, neighbour, tokens), tile, seen.get(step, ()))
                         predictions[neighbour].append(Prediction(times[tile] + effect.mean, effect.deviation))
         return predictions
 
@@ -383,24 +350,6 @@ class Search:
 def _height(pair: Pair) -> int:
     """The BLOCK_SIZE_M that a pair shares."""
     return next(iter(pair.tiles.values())).block_m
-
-
-def _effect(prior: Prediction, tile: Tile, seen: Iterable[tuple[Tile, float]]) -> Prediction:
-    """What a step from a tile brings: the prior, and what it brought elsewhere, half as much a unit of distance."""
-    weight, total = 1.0, prior.mean
-    for other, change in seen:
-        nearness = 0.5 ** distance(other, tile)
-        weight += nearness
-        total += nearness * change
-    return Prediction(total / weight, prior.deviation / math.sqrt(weight))
-
-
-def _together(predictions: Sequence[Prediction]) -> Prediction:
-    """Several predictions of one time, the surer the weightier (they are not independent: one's deviation stays)."""
-    weights = [prediction.deviation**-2 for prediction in predictions]
-    mean = sum(weight * prediction.mean for weight, prediction in zip(weights, predictions, strict=True)) / sum(weights)
-    surest = min(prediction.deviation for prediction in predictions)
-    return Prediction(mean, max(0.8 * surest, SMALLEST_DEVIATION))
 
 
 def _descending(gains: Mapping[Kernel, float]) -> list[Kernel]:

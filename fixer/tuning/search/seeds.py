@@ -11,11 +11,10 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+from fixer.kernel.space import Space
 from fixer.machine.cards import Card
 from fixer.sglang.tree import TuningFile
 from fixer.workload import NumberFormat, Tile, Workload
-
-from fixer.kernel.space import Space
 
 RELATED: dict[NumberFormat, tuple[NumberFormat, ...]] = {
     NumberFormat.FP8_W8A8: (NumberFormat.INT8_W8A8,),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from fixer.workload import Projection, Tile
+from fixer.workload import Kernel
 
 
 class Outcome(Enum):
@@ -18,14 +18,6 @@ class Outcome(Enum):
     WRONG_RESULT = "wrong result"
     CRASHED = "crashed"
     TIMED_OUT = "timed out"
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One thing to compile: a tile for a projection."""
-
-    projection: Projection
-    tile: Tile
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,87 @@
+"""What several commands share: the table of commands, and how they find cards, tree and data folder."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from fixer.base.errors import CardError
+
+if TYPE_CHECKING:
+    from fixer.machine.cards import Card
+    from fixer.sglang.tree import Tree
+
+
+DEFAULT_COMMAND = "serve"
+"""Runs where the first word is an option: `moefix --model X [any SGLang flag]`."""
+
+
+PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True}
+"""Context settings of a command that takes SGLang's flags besides its own."""
+
+
+ELSEWHERE = {
+    "bake": "Build a ready-tuned image for one model and one kind of card.",
+    "bench": "Time SGLang's own configurations against the tuned ones.",
+    "doctor": "Check this machine for what keeps SGLang or moefix from working.",
+    "export": "Write a kept tuning as one file, or as files that SGLang or vLLM reads.",
+    "import": "Take a tuning that was exported elsewhere into the data folder.",
+    "report": "Write a tuning's report, and print its short form.",
+    "status": "Say what a running moefix does.",
+}
+"""Commands in modules of their own, imported when they are called: `bake` is `command` in fixer/commands/bake.py
+(`import` in import_.py). The texts are their short help, so that listing them imports nothing."""
+
+
+def shortened(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def wanted_cards(names: tuple[str, ...], limit: int | None) -> list[Card]:
+    """The cards to plan for, one of each kind: those named, else those that the driver shows.
+
+    Raises:
+        CardError: no such card is known, or none is named and none is visible.
+    """
+    from fixer.machine.cards import find_card, kinds, with_shared_memory_limit
+    from fixer.machine.driver import visible_cards
+
+    cards = [find_card(name) for name in names] or list(visible_cards())
+    if not cards:
+        raise CardError("no NVIDIA card is visible here", 'Name one to plan for: --gpu "RTX 4090".')
+    if limit is not None:
+        cards = [with_shared_memory_limit(card, limit) for card in cards]
+    return [group[0] for group in kinds(cards)]
+
+
+@contextlib.contextmanager
+def data_folder(chosen: str | None) -> Iterator[Path]:
+    """The data folder; where the default one cannot be written, a passing one, since a plan can do without.
+
+    Raises:
+        StoreError: the folder that the user chose cannot be written.
+    """
+    from fixer.base.data_folder import data_home
+    from fixer.base.errors import StoreError
+
+    try:
+        home = data_home(Path(chosen) if chosen else None)
+    except StoreError as fault:
+        if chosen:
+            raise
+        click.echo(f"moefix: {fault.message}; nothing is kept for the next time", err=True)
+        with tempfile.TemporaryDirectory(prefix="moefix-") as passing:
+            yield Path(passing)
+        return
+    yield home
+
+
+def wanted_tree(root: str | None, version: str | None, data: Path) -> Tree:
+    from fixer.sglang.find_tree import find_tree
+
+    return find_tree(root, version, data / "cache")

@@ -1,0 +1,199 @@
+"""Find the artefact that holds for this start, or tune one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fixer.artefacts.artefact import Artefact, Decision
+from fixer.artefacts.baked import find_kept, is_baked
+from fixer.artefacts.fits import is_known_to_fit, misfit_of, remember_fit
+from fixer.artefacts.shelf import Found, save_artefact
+from fixer.base.data_folder import scratch_in
+from fixer.base.errors import MoefixError, StoreError, TuneError
+from fixer.base.files import set_aside
+from fixer.base.progress import terminal_progress
+from fixer.base.text import told
+from fixer.base.voice import Voice
+from fixer.serve.options import MoefixOptions
+from fixer.serve.situation import Situation
+from fixer.workload import Workload
+
+
+def foreseen(error: Exception) -> MoefixError:
+    """The error itself, or one line for an error that nobody foresaw."""
+    if isinstance(error, MoefixError):
+        return error
+    return TuneError(f"Tuning ended with an error in moefix itself: {told(error)}.", "Please report that line.")
+
+
+def artefact_for(
+    situation: Situation, kind: int, workload: Workload, options: MoefixOptions, home: Path, say: Voice
+) -> Artefact | None:
+    """The kept artefact that holds here, else a new one; None where there is none and none is wanted."""
+    from fixer.artefacts.gains import covers
+
+    rows = situation.rows(kind)
+    found = find_fitting(situation, kind, workload, home, say)
+    if found.artefact is not None and not options.fresh:
+        if not found.artefact.measured:
+            say.line("these configurations fit this card and were not measured; --moefix-fresh tunes on it")
+            return found.artefact
+        if covers(found.artefact, rows):
+            say.line(f"tuned before on {found.artefact.created}: nothing to measure")
+            return found.artefact
+        say.line("tuned before, but this server runs batch sizes that it does not know: tuning those")
+    elif found.mismatch is not None:
+        whose = "this image's tuning" if is_baked(found.mismatch.path) else "an earlier tuning"
+        say.line(f"{whose} is not used: {'; '.join(found.mismatch.reasons)}")
+    if options.skip_tune:
+        return found.artefact
+    wish = Wish(with_rows_of(found.artefact, rows), fresh=options.fresh, known=found.artefact, must_keep=options.strict)
+    return tune_kind(situation, kind, wish, home, say)
+
+
+def find_fitting(situation: Situation, kind: int, workload: Workload, home: Path, say: Voice) -> Found:
+    """The kept artefact that holds here. One whose tiles the card cannot run is set aside, and reported."""
+    from fixer.artefacts.environment import environment_of
+
+    environment, passed_over = environment_of(situation.tree, situation.cards[kind][0]), set[Path]()
+    while True:
+        found = find_kept(home, environment, workload, situation.rows(kind), without=passed_over)
+        for damaged in found.damaged:
+            say.warning(str(damaged))
+        if found.artefact is None or found.path is None:
+            return found
+        why = why_unfit(found.artefact, situation, kind, home, say)
+        if not why:
+            return found
+        passed_over.add(found.path)
+        if is_baked(found.path):
+            say.warning(f"this image's tuning is not used: {why}")
+        else:
+            say.warning(str(set_aside(found.path, why)))
+
+
+def why_unfit(artefact: Artefact, situation: Situation, kind: int, home: Path, say: Voice) -> str:
+    """Why the card cannot run an artefact; "" where it can, or where that cannot be found out here, which is said."""
+    if is_known_to_fit(home, artefact):
+        return ""
+    try:
+        return misfit_of(artefact, situation.tree, situation.cards[kind][0], home, scratch_in(home))
+    except (MoefixError, OSError) as fault:
+        say.warning(f"whether the kept tuning fits this card was not checked: {foreseen(fault).message}")
+        return ""
+
+
+def with_rows_of(kept: Artefact | None, rows: Sequence[int]) -> tuple[int, ...]:
+    """The rows that this server needs and those of a kept artefact, so that two servers' rows live side by side."""
+    known = {row.batch for row in kept.rows} if kept else set()
+    return tuple(sorted({*rows, *known}))
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is to be measured.
+
+    Attributes:
+        rows: every M.
+        fresh: from scratch.
+        exhaustive: the whole space, not a search.
+        record: where to write every time, None for nowhere.
+        known: the kept artefact that the caller looked at, if any: a newer one is another moefix's answer.
+        must_keep: an artefact that cannot be kept is an error.
+    """
+
+    rows: tuple[int, ...]
+    fresh: bool = False
+    exhaustive: bool = False
+    record: Path | None = None
+    known: Artefact | None = None
+    must_keep: bool = False
+
+
+def tune_kind(situation: Situation, kind: int, wish: Wish, home: Path, say: Voice) -> Artefact:
+    """Measure, and keep the result; or take what another moefix on this volume has just measured."""
+    from fixer.artefacts.check_files import set_damaged_aside
+    from fixer.artefacts.gains import geometric_gain
+    from fixer.report.make import report_after_tuning
+    from fixer.tuning.job import Job
+    from fixer.tuning.search.recording import write_recording
+    from fixer.tuning.session import tune
+    from fixer.tuning.turn import state_of_cards, turn
+
+    workload = situation.decisions[kind].workload
+    assert workload is not None
+    card = situation.cards[kind][0]
+    with terminal_progress(quiet=say.quiet) as bars, turn(home, card, progress := say.follow(bars)):
+        finished = finished_meanwhile(situation, kind, wish, home, say)
+        if finished is not None:
+            say.line(f"another moefix has tuned this, on {finished.created}: nothing to measure")
+            return finished
+        vetted = set_damaged_aside(situation.tree, workload, card)
+        for bad in vetted.bad:
+            say.warning(str(bad))
+        job = Job(
+            tree=vetted.tree,
+            workload=workload,
+            cards=situation.cards[kind],
+            rows=wish.rows,
+            model=situation.model.name,
+            revision=situation.model.revision or "",
+            home=home,
+            exhaustive=wish.exhaustive,
+            fresh=wish.fresh,
+            layer_package=importable_package(situation),
+        )
+        for note in state_of_cards(job):
+            say.warning(note)
+        tuned = tune(job, progress)
+        keep(tuned.artefact, home, wish, say)
+    for note in tuned.notes:
+        say.warning(note)
+    if wish.record is not None:
+        count = write_recording(wish.record, tuned.looks, tuned.timings)
+        say.line(f"recorded {count} times in {wish.record}")
+    say.line(verdict(tuned.artefact, geometric_gain(tuned.artefact)))
+    say.line("time: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in tuned.timeline.items()))
+    say.line(report_after_tuning(home, tuned.artefact, situation.tree))
+    return tuned.artefact
+
+
+def finished_meanwhile(situation: Situation, kind: int, wish: Wish, home: Path, say: Voice) -> Artefact | None:
+    """What another moefix kept while this one waited for its turn, if it has every row that is wished for."""
+    from fixer.artefacts.gains import covers
+
+    workload = situation.decisions[kind].workload
+    if workload is None or wish.fresh or wish.exhaustive or wish.record is not None:
+        return None
+    found = find_fitting(situation, kind, workload, home, say).artefact
+    return found if found not in (None, wish.known) and covers(found, wish.rows) else None
+
+
+def keep(artefact: Artefact, home: Path, wish: Wish, say: Voice) -> None:
+    """Keep an artefact; where that fails it still serves this start, unless it must be kept."""
+    try:
+        save_artefact(home, artefact)
+    except StoreError as fault:
+        if wish.must_keep:
+            raise
+        say.warning(f"the tuning is used now and not kept: {fault.message}. {fault.hint}")
+    else:
+        remember_fit(home, artefact)  # it has run
+
+
+def importable_package(situation: Situation) -> Path | None:
+    """SGLang's package folder if the server runs from it, else None (a tree that was only unpacked to be read)."""
+    package = situation.tree.package
+    return package if (package / "launch_server.py").is_file() else None
+
+
+def verdict(artefact: Artefact, gain: float | None) -> str:
+    """One line that says what tuning came to."""
+    counts = {decision: sum(row.decision is decision for row in artefact.rows) for decision in Decision}
+    rows = f"{counts[Decision.TUNED]} rows faster than SGLang's own, {counts[Decision.KEPT_SGLANG]} kept as they were"
+    if counts[Decision.FITTING_ONLY]:
+        rows += f", {counts[Decision.FITTING_ONLY]} where SGLang's own does not run on this card"
+    took = f"tuned {len(artefact.rows)} batch sizes in {artefact.seconds:.0f} s: {rows}"
+    return took if gain is None else f"{took}; {100 * (1 - 1 / gain):.1f} % less time on average"

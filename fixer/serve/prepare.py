@@ -1,0 +1,131 @@
+"""Install a tuning, or what fits, into SGLang's tree before the server starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fixer.artefacts.artefact import Artefact
+from fixer.artefacts.install import Installation, Pair, install_pair
+from fixer.base.data_folder import scratch_in
+from fixer.base.voice import Voice
+from fixer.serve.find_or_tune import artefact_for, foreseen
+from fixer.serve.options import MoefixOptions
+from fixer.serve.situation import TUNABLE, Situation
+from fixer.sglang.own_choices import own_choices
+
+if TYPE_CHECKING:
+    from fixer.kernel.fit import CompileFunction
+    from fixer.plan.plan import Plan
+
+
+def prepare(situation: Situation, options: MoefixOptions, home: Path, say: Voice) -> list[Installation]:
+    """Have a tuned pair of files in SGLang's tree for each kind of card, where SGLang reads one."""
+    installations = []
+    for kind, decision in enumerate(situation.decisions):
+        card = situation.cards[kind][0]
+        say.line(f"{situation.model.name} on {card.name}, SGLang {situation.tree.version}: {decision.reason}")
+        for note in decision.notes:
+            say.line(note)
+        if decision.outcome not in TUNABLE or decision.workload is None:
+            say.line("nothing to tune")
+            continue
+        try:
+            artefact = artefact_for(situation, kind, decision.workload, options, home, say)
+            if artefact is not None:
+                installations.append(install(artefact, situation, home, say))
+        except Exception as error:  # foreseen or not: a server that starts is worth more than a tuning
+            if options.strict:
+                raise foreseen(error) from error
+            fault = foreseen(error)
+            say.warning(f"{fault.message} {fault.hint}".strip())
+            artefact = None
+        if artefact is None:
+            installations += fitting_instead(situation, kind, home, say)
+    return installations
+
+
+def install(artefact: Artefact, situation: Situation, home: Path, say: Voice) -> Installation:
+    """Put an artefact's pair of files where SGLang looks."""
+    installation = install_pair(situation.tree.triton_folder, Pair.of(artefact), home, situation.tree.version)
+    for note in installation.notes:
+        say.line(note)
+    say.line(f"installed {installation.gate_up_path} and {installation.down_path.name}")
+    return installation
+
+
+def fitting_instead(situation: Situation, kind: int, home: Path, say: Voice) -> list[Installation]:
+    """Without a tuning: SGLang's own configuration where it fits the card, else one that was compiled to fit.
+
+    Whatever SGLang would read and could not run is moved aside first; where it cannot be, something is put before it.
+    """
+    from fixer.artefacts.check_files import vet
+    from fixer.kernel.cache import CompileCache
+    from fixer.kernel.fit import compiler_for
+    from fixer.plan.make_plan import make_plan
+    from fixer.plan.write import write_plan
+
+    card, workload = situation.cards[kind][0], situation.decisions[kind].workload
+    assert workload is not None
+    try:
+        with CompileCache(home) as cache:
+            compiler = compiler_for(situation.tree, card, scratch_in(home), cache)
+            vetted = vet(situation.tree, workload, card, situation.rows(kind), compiler)
+            for bad in vetted.bad:
+                say.warning(str(bad))
+            if vetted.fits and not vetted.is_stuck:
+                say.warning("serving with SGLang's own configuration, which fits this card")
+                return []
+            left = replace(situation, tree=vetted.tree)
+            if not vetted.tree.reads_down_file:
+                joint = write_plan(
+                    make_plan(left.model, left.flags, card, left.tree, compiler), left.tree.triton_folder
+                )
+                say.warning(f"serving with a configuration that fits this card and was not measured: {joint[0]}")
+                return [Installation(joint[0].parent, joint[0], joint[0], (), ())]
+            pair = safe_pair(left, kind, compiler, fits=bool(vetted.fits))
+        if pair is None:
+            say.warning("serving with SGLang's own configuration, which may not run: nothing is known to fit this card")
+            return []
+        say.warning("serving with a configuration that fits this card and was not measured")
+        return [install_pair(vetted.tree.triton_folder, pair, home, vetted.tree.version)]
+    except Exception as error:  # as in `prepare`
+        say.warning(f"serving with SGLang's own configuration, which was not checked: {foreseen(error).message}")
+        return []
+
+
+def safe_pair(situation: Situation, kind: int, compiler: CompileFunction, *, fits: bool) -> Pair | None:
+    """A pair of files that the card can run, for a release that reads two; None where nothing is known to fit.
+
+    Args:
+        fits: SGLang's own choices do: then they are written out, to stand before a file that could not be moved away.
+    """
+    from fixer.plan.make_plan import make_plan
+
+    card, workload, tree = situation.cards[kind][0], situation.decisions[kind].workload, situation.tree
+    assert workload is not None
+    if not fits:
+        return fitting_pair(make_plan(situation.model, situation.flags, card, tree, compiler))
+    lookup = tree.lookup(workload, card)
+    choose = own_choices(tree, lookup, workload, card)
+    own = {tokens: choose(tokens) for tokens in situation.rows(kind)}
+    return Pair(
+        lookup.gate_up,
+        lookup.down,
+        {tokens: replace(choice.gate_up, use_tma=False) for tokens, choice in own.items()},
+        {tokens: choice.down for tokens, choice in own.items()},
+    )
+
+
+def fitting_pair(plan: Plan) -> Pair | None:
+    """The plan's proposed pair of files; None where a row has no proposal."""
+    if plan.lookup is None or any(row.proposed is None for row in plan.rows):
+        return None
+    proposed = {row.tokens: row.proposed for row in plan.rows if row.proposed is not None}
+    return Pair(
+        plan.lookup.gate_up,
+        plan.lookup.down,
+        {tokens: pair.gate_up for tokens, pair in proposed.items()},
+        {tokens: pair.down for tokens, pair in proposed.items()},
+    )

@@ -1,0 +1,58 @@
+"""How SGLang's server is started and what it answers."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fixer.base.errors import SGLangError
+from fixer.sglang.flags import plain_flags
+from fixer.sglang.log_lines import read_line
+
+
+def server_command(argv: Sequence[str]) -> list[str]:
+    """The server's command line: this Python, SGLang's launcher, and exactly the user's flags.
+
+    `python -m sglang.launch_server` is in every release from 0.4.9 to 0.5.23; `sglang serve` is not.
+    """
+    return [sys.executable, "-m", "sglang.launch_server", *argv]
+
+
+def require_sglang(environment: Mapping[str, str]) -> None:
+    """Look for SGLang's launcher, without importing it: that takes seconds, and the server does it anyway."""
+    if not sys.executable:
+        raise SGLangError("Python does not know where it is itself", "Start moefix by the full path of its Python.")
+    added = [folder for folder in environment.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    found = importlib.util.find_spec("sglang") or importlib.machinery.PathFinder.find_spec("sglang", added)
+    folders = list(found.submodule_search_locations or ()) if found else []
+    if not folders:
+        raise SGLangError(
+            f"SGLang is not installed for {sys.executable}",
+            "Install it there (pip install sglang), or run moefix's image.",
+        )
+    if not any(Path(folder, "launch_server.py").is_file() for folder in folders):
+        raise SGLangError(
+            f"there is no sglang.launch_server in {folders[0]}",
+            "Install SGLang anew; a folder called sglang without the package in it may be in the way.",
+        )
+
+
+HEALTH, FLUSH_CACHE, SERVER_INFO = "/health", "/flush_cache", "/server_info"
+
+
+OUT_OF_SHARED_MEMORY = re.compile(r"OutOfResources|out of resources?: shared memory")
+
+
+def local_flags(flags: Sequence[str], port: int) -> list[str]:
+    """The user's flags for a server on 127.0.0.1 that only this process asks. The last of a repeated flag counts."""
+    return [*plain_flags(flags), "--host", "127.0.0.1", "--port", str(port)]
+
+
+def files_used(log: str) -> tuple[Path, ...]:
+    """The MoE tuning files that the server's log says it read, each once, in order; none for its built-in defaults."""
+    lines = (read_line(line) for line in log.splitlines())
+    return tuple(dict.fromkeys(Path(line.used) for line in lines if line is not None and line.used))
