@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lookup_cases import CASES
+from tests.support.lookup_cases import CASES
 
 from fixer.sglang.find_tree import fetched_tree
 from fixer.sglang.releases import RELEASES
 from fixer.sglang.tree import Tree
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")

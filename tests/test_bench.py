@@ -6,10 +6,10 @@ import json
 from functools import partial
 from pathlib import Path
 
-import fake_layer
-import fakes
+from tests.support import fake_layer
+from tests.support import fakes
 import pytest
-from test_serve import H100, LARGE, SMALL, Machine, compiled, driver  # noqa: F401 (fixtures)
+from tests.serve.test_serve import H100, LARGE, Machine, SMALL, compiled, driver  # noqa: F401 (fixtures)
 
 import fixer.bench
 import fixer.serve.situation

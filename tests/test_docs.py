@@ -15,7 +15,7 @@ from fixer.base import errors
 from fixer.serve import launch
 from fixer.sglang.releases import PINNED, RELEASES
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("**/*.md")])
 README = (ROOT / "README.md").read_text()
 HOW = (ROOT / "docs" / "how-it-works.md").read_text()

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lookup_cases import CASES
+from tests.support.lookup_cases import CASES
 
 from fixer.artefacts.artefact import Artefact, Decision, Environment, RowChoice
 from fixer.artefacts.install import read_pair
@@ -30,7 +30,7 @@ from fixer.base.json_reading import parse_json
 from fixer.base.status import Phase, Share, Status
 from fixer.base.status_reading import states
 from fixer.kernel.cache import CompileCache
-from fixer.kernel.compile import Candidate, Compiled, CompileOutcome, Target
+from fixer.kernel.compile import Candidate, CompileOutcome, Compiled, Target
 from fixer.kernel.source import KernelSource
 from fixer.machine.cards import find_card, known_cards
 from fixer.model.config import load_model

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-import report_samples as samples
+from tests.support import report_samples as samples
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, sync_playwright
 

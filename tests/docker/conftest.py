@@ -9,7 +9,7 @@ import uuid
 from pathlib import Path
 
 import pytest
-from engine import FAKE_TOKEN, IMAGE, ROOT, build, docker
+from tests.docker.engine import FAKE_TOKEN, IMAGE, ROOT, build, docker
 
 
 @pytest.fixture(scope="session")

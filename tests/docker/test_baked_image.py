@@ -17,9 +17,9 @@ import uuid
 from pathlib import Path
 
 import pytest
-from artefacts import RTX_4090, artefact_of
-from engine import BASE, FAKE_TOKEN, ROOT, docker
-from fake_driver import build_driver
+from tests.support.artefacts import RTX_4090, artefact_of
+from tests.docker.engine import BASE, FAKE_TOKEN, ROOT, docker
+from tests.support.fake_driver import build_driver
 
 from fixer.artefacts.install import Pair
 from fixer.sglang.releases import PINNED

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 import yaml
-from engine import ROOT
+from tests.docker.engine import ROOT
 
 pytestmark = pytest.mark.docker
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from engine import IMAGE, build, docker
+from tests.docker.engine import IMAGE, build, docker
 
 from fixer.sglang.find_tree import fetched_tree
 from fixer.sglang.releases import PINNED

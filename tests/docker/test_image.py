@@ -6,7 +6,7 @@ import json
 import subprocess
 
 import pytest
-from engine import BASE, FAKE_TOKEN, IMAGE, REVISION, build, build_environment, build_options, docker
+from tests.docker.engine import BASE, FAKE_TOKEN, IMAGE, REVISION, build, build_environment, build_options, docker
 
 import fixer
 from fixer.sglang.releases import PINNED, RELEASES

@@ -8,7 +8,7 @@ import subprocess
 import uuid
 
 import pytest
-from engine import BASE, ROOT, docker
+from tests.docker.engine import BASE, ROOT, docker
 
 pytestmark = pytest.mark.docker
 

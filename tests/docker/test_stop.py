@@ -6,8 +6,8 @@ import json
 import time
 
 import pytest
-from engine import docker
-from fake_driver import build_driver
+from tests.docker.engine import docker
+from tests.support.fake_driver import build_driver
 
 pytestmark = pytest.mark.docker
 

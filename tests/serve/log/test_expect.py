@@ -1,0 +1,449 @@
+"""From the command line to the verdict and back: what SGLang asked for decides the next start. With stand-ins."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from dataclasses import replace
+
+from tests.support import fakes
+import pytest
+from tests.serve.test_serve import FOLDER, H100, Machine, compiled, driver, installed  # noqa: F401 (fixtures)
+
+from fixer.artefacts.shelf import save_artefact
+from fixer.base import status_board as status
+from fixer.base.errors import SGLangError, TuneError
+from fixer.base.progress import Silent
+from fixer.base.status import Phase, Status
+from fixer.model.config import load_model
+from fixer.model.rules.decide import decide
+from fixer.serve import asked as asking
+from fixer.serve.log.expect import server_url
+from fixer.sglang.find_tree import tree_at
+from fixer.sglang.flags import parse_flags
+from fixer.tuning.turn import turn
+from fixer.workload import NumberFormat
+
+SERVER = """
+import json, os, subprocess, sys, time
+argv = sys.argv[1:]
+dummy = "--skip-tokenizer-init" in argv
+record = {"at": time.time(), "argv": argv, "pid": os.getpid(), "env": dict(os.environ)}
+with open(os.environ["RECORD"] + (".asked" if dummy else ""), "w") as file:
+    json.dump(record, file)
+lines = json.loads(os.environ.get("ASKED_LINES" if dummy else "LINES", "[]"))
+if dummy:
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("[2026-11-24 07:00:00] server_args=ServerArgs(moe_runner_backend='auto', moe_a2a_backend='none')", flush=True)
+folder = os.path.join(os.environ.get("SGLANG_MOE_CONFIG_DIR", os.environ["PACKAGE"]), os.environ["FOLDER"])
+for name in lines:
+    path = os.path.join(folder, name)
+    if not name.endswith(".json"):
+        text = name
+    elif os.path.exists(path):
+        text = f"Using MoE kernel config from {path}."
+    else:
+        text = ("Using default MoE kernel config. Performance might be sub-optimal! Config file not found at "
+                f"{path}, you can create them with https://github.com/sgl-project/sglang")
+    print("[2026-11-24 07:00:01 TP0] " + text, file=sys.stderr, flush=True)
+if dummy:
+    time.sleep(600)
+time.sleep(float(os.environ.get("SERVE_SECONDS", "0")))
+sys.exit(41)
+"""
+READY = "The server is fired up and ready to roll!"
+
+
+@pytest.fixture
+def machine(tmp_path, trees, driver, models, compiled):  # noqa: F811
+    machine = Machine(tmp_path, trees["0.5.17"].package, driver, models, compiled)
+    config = json.loads((machine.model / "config.json").read_text())
+    (machine.model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 48}))
+    (machine.package / "launch_server.py").write_text(SERVER)
+    machine.env |= {"PACKAGE": str(machine.package), "FOLDER": FOLDER}
+    return machine
+
+
+def lines_env(*lines):
+    return {"LINES": json.dumps(lines)}
+
+
+def question_file(machine):
+    (path,) = (machine.home / "asked").glob("*.json")
+    return path
+
+
+def verdict_lines(result):
+    return [line for line in result.err.splitlines() if line.startswith("moefix: SGLang ")]
+
+
+def artefact_of(machine, **changes):
+    """A kept artefact for a layer like the model's with something else about it."""
+    artefact = machine.artefact()
+    workload = replace(artefact.workload, **changes)
+    tree = tree_at(machine.package)
+    lookup = tree.lookup(workload, H100)
+    other = replace(artefact, workload=workload, gate_up_file=lookup.gate_up, down_file=lookup.down)
+    save_artefact(machine.home, other)
+    return artefact, other
+
+
+def test_both_files_picked_up(machine):
+    artefact = machine.artefact()
+    result = machine.run(env=lines_env(artefact.gate_up_file, artefact.down_file, READY))
+    assert result.served, result.err
+    assert verdict_lines(result) == [
+        f"moefix: SGLang picked up both files: {artefact.gate_up_file} and {artefact.down_file}"
+    ]
+    assert not (machine.home / "asked").exists()
+    (state,) = status.states(machine.home)
+    assert fakes.eventually(lambda: status.states(machine.home)[0].phase is Phase.ENDED)
+    (state,) = status.states(machine.home)
+    assert state.pid == result.pid
+    assert state.files == (artefact.gate_up_file, artefact.down_file)
+    assert "picked up both" in state.verdict
+    assert state.url == "http://127.0.0.1:31000"
+    assert state.model == str(machine.model)
+
+
+def test_a_wrong_name_is_repaired_by_the_next_start(machine):
+    rules, other = artefact_of(machine, number_format=NumberFormat.FP8_W8A8)
+    wanted = (other.gate_up_file, other.down_file, READY)
+    first = machine.run(env=lines_env(*wanted))
+    assert first.served, first.err
+    assert "asked for another file: " + other.gate_up_file in verdict_lines(first)[-1]
+    assert installed(machine, rules)
+    assert fakes.eventually(lambda: question_file(machine).exists() if (machine.home / "asked").exists() else False)
+    second = machine.run(env=lines_env(*wanted))
+    assert second.served, second.err
+    assert f"SGLang looked for {other.gate_up_file} at an earlier start; tuning exactly that" in second.err
+    assert installed(machine, other)
+    assert "picked up both files: " + other.gate_up_file in verdict_lines(second)[-1]
+    kept = question_file(machine).read_bytes()
+    assert machine.run(env=lines_env(*wanted)).served
+    assert question_file(machine).read_bytes() == kept
+    # Other flags, another question: the rules decide again.
+    changed = machine.run(*machine.flags, "--dtype", "float16", "--moefix-skip-tune", env=lines_env(*wanted))
+    assert "at an earlier start" not in changed.err
+
+
+def test_a_record_that_sglang_contradicts_is_replaced(machine):
+    rules, other = artefact_of(machine, number_format=NumberFormat.FP8_W8A8)
+    machine.run(env=lines_env(other.gate_up_file, other.down_file, READY))
+    assert fakes.eventually(lambda: (machine.home / "asked").exists() and question_file(machine).exists())
+    back = machine.run(env=lines_env(rules.gate_up_file, rules.down_file, READY))
+    # Both pairs are there by now: SGLang reads the one of the rules, which is not the one that was tuned for.
+    assert "asked for another file: " + rules.gate_up_file in verdict_lines(back)[-1]
+    assert fakes.eventually(
+        lambda: asking.Asked.from_json(question_file(machine).read_bytes()).gate_up == rules.gate_up_file
+    )
+    assert "picked up both" in verdict_lines(machine.run(env=lines_env(rules.gate_up_file, rules.down_file)))[-1]
+
+
+def test_a_name_that_cannot_be_tuned_is_said_and_served_without(machine):
+    machine.artefact()
+    name = "E=8,N=64,device_name=NVIDIA_H100_80GB_HBM3,dtype=int4_w4a16.json"
+    first = machine.run(env=lines_env(name, READY))
+    assert "asked for another file: " + name in verdict_lines(first)[-1]
+    assert fakes.eventually(lambda: (machine.home / "asked").exists() and question_file(machine).exists())
+    second = machine.run(env=lines_env(name, READY))
+    assert second.served
+    assert "does not say the group size" in second.err
+    assert "SGLang runs without a file of moefix" in verdict_lines(second)[-1]
+    assert "next start" not in second.err
+
+
+def test_a_damaged_record_is_set_aside(machine):
+    artefact = machine.artefact()
+    flags = parse_flags(machine.flags)
+    tree = tree_at(machine.package)
+    model = load_model("", flags)
+    situation = asking_situation(model, flags, tree)
+    path = asking.record_path(machine.home, asking.question_of(situation, 0))
+    path.parent.mkdir()
+    path.write_text('{"schema": 1, "gate_up"')
+    result = machine.run(env=lines_env(artefact.gate_up_file, artefact.down_file))
+    assert result.served
+    assert "is not used" in result.err
+    assert list(path.parent.glob("*.damaged-*"))
+    assert "picked up both" in verdict_lines(result)[-1]
+
+
+def asking_situation(model, flags, tree):
+    from fixer.serve.situation import Situation
+
+    return Situation(model, flags, tree, ((H100,),), (decide(model, flags, H100, tree.version),))
+
+
+def test_a_dense_model_says_what_was_expected(machine):
+    result = machine.run("--model", str(machine.dense), env=lines_env(READY))
+    assert result.served
+    assert "looked for no MoE file, as expected: the model is dense" in verdict_lines(result)[-1]
+
+
+def test_never_looked_up(machine):
+    machine.artefact()
+    result = machine.run(env=lines_env(READY))
+    assert "SGLang never looked for a MoE file" in verdict_lines(result)[-1]
+
+
+def test_one_joint_file_is_moefixs_too(tmp_path, trees, driver, models, compiled):  # noqa: F811 (fixtures)
+    machine = Machine(tmp_path, trees["0.4.9"].package, driver, models, compiled)
+    (machine.package / "launch_server.py").write_text(SERVER)
+    folder = "srt/layers/moe/fused_moe_triton/configs/triton_3_6_0"
+    machine.env |= {"PACKAGE": str(machine.package), "FOLDER": folder}
+    name = "E=8,N=64,device_name=NVIDIA_H100_80GB_HBM3.json"
+    result = machine.run(*machine.flags, "--moefix-skip-tune", "--moefix-smem-limit=16000", env=lines_env(name, READY))
+    assert result.served, result.err
+    assert "without a file of moefix" not in result.err
+    assert f"picked up the file: {name}" in verdict_lines(result)[-1]
+    (state,) = status.states(machine.home)
+    assert state.files == (name,)
+
+
+# --- asking ----------------------------------------------------------------------------------------------------------
+
+
+def asked_env(*lines, **more):
+    return {"ASKED_LINES": json.dumps(lines)} | more
+
+
+def test_asked_once(machine):
+    rules, other = artefact_of(machine, number_format=NumberFormat.FP8_W8A8)
+    env = lines_env(other.gate_up_file, other.down_file) | asked_env(other.gate_up_file, other.down_file)
+    result = machine.run(*machine.flags, "--moefix-ask", env=env)
+    assert result.served, result.err
+    assert "SGLang looks for " + other.gate_up_file in result.err
+    assert "picked up both files: " + other.gate_up_file in verdict_lines(result)[-1]
+    argv = json.loads((machine.record.parent / "record.asked").read_text())["argv"]
+    assert argv[: len(machine.flags)] == list(machine.flags)
+    assert argv[argv.index("--json-model-override-args") + 1] == '{"num_hidden_layers": 1}'
+    assert argv[argv.index("--max-running-requests") + 1] == "8"
+    ports = [argv[at + 1] for at, word in enumerate(argv) if word == "--port"]
+    assert ports[0] == "31000"
+    assert ports[1] != "31000"
+    assert fakes.eventually(lambda: fakes.processes_with("RECORD", str(machine.record)) == set())  # the child too
+    (machine.record.parent / "record.asked").unlink()
+    again = machine.run(*machine.flags, "--moefix-ask", env=env)
+    assert "asking SGLang" not in again.err
+    assert not (machine.record.parent / "record.asked").exists()
+    assert installed(machine, other)
+    assert rules.gate_up_file not in verdict_lines(again)[-1]
+
+
+def test_asked_and_it_looks_for_nothing(machine):
+    machine.artefact()
+    result = machine.run(*machine.flags, "--moefix-ask", env=lines_env(READY) | asked_env(READY))
+    assert result.served
+    assert "looks for no MoE file" in result.err
+    assert "as expected" in verdict_lines(result)[-1]
+
+
+def test_an_answer_that_does_not_come_leaves_it_to_the_rules(machine):
+    artefact = machine.artefact()
+    ends = SERVER.replace(
+        "    time.sleep(600)\ntime", "    sys.exit('RuntimeError: no such card for hf_abcd1234')\ntime"
+    )
+    (machine.package / "launch_server.py").write_text(ends)
+    result = machine.run(*machine.flags, "--moefix-ask", env=lines_env(artefact.gate_up_file, artefact.down_file))
+    assert result.served
+    assert "RuntimeError: no such card for ***; going by moefix's rules" in result.err
+    assert installed(machine, artefact)
+    assert b"no such card" in (machine.home / "ask.log").read_bytes()
+    strict = machine.run(*machine.flags, "--moefix-ask", "--moefix-strict")
+    assert strict.code in (SGLangError.exit_code, TuneError.exit_code)
+    assert strict.record is None
+    assert "RuntimeError: no such card" in strict.err
+
+
+def asked_process(machine):
+    """The SGLang that is asked, once it runs."""
+    asked = machine.record.parent / "record.asked"
+    assert fakes.eventually(lambda: asked.exists() and asked.read_text().endswith("}"), 60)
+    return json.loads(asked.read_text())["pid"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_asking_ends_all_of_it(machine, number):
+    took = []
+    for _ in range(3):
+        (machine.record.parent / "record.asked").unlink(missing_ok=True)
+        process = machine.start(*machine.flags, "--moefix-ask")
+        asked_process(machine)
+        (state,) = [each for each in status.states(machine.home) if each.pid == process.pid]
+        assert (state.phase, state.detail) == (Phase.ASKING, "SGLang, which file it looks for")
+        began = time.monotonic()
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        took.append(time.monotonic() - began)
+        assert process.returncode == 128 + number, err
+        assert "Traceback" not in err
+        assert fakes.eventually(lambda: fakes.processes_with("RECORD", str(machine.record)) == set(), 5)
+        assert status.states(machine.home)[0].phase is Phase.ENDED
+    assert min(took) < 1.5  # docker stop's ten seconds are shared; a busy machine adds what it likes to one of them
+    assert max(took) < 10
+
+
+def test_a_signal_while_sglang_is_being_started_leaves_nothing(machine):
+    for step in range(8):
+        process = machine.start(*machine.flags, "--moefix-ask")
+        assert any("asking SGLang" in line for line in process.stderr)
+        time.sleep(step * 0.0025)
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 143, err
+        assert fakes.eventually(lambda: fakes.processes_with("RECORD", str(machine.record)) == set(), 5)
+
+
+def test_the_asked_sglang_dies_with_a_killed_moefix(machine):
+    process = machine.start(*machine.flags, "--moefix-ask")
+    pid = asked_process(machine)
+    try:
+        process.kill()
+        process.communicate(timeout=60)
+        # Its own children are SGLang's affair: they die with their parent there, and not in this stand-in.
+        assert fakes.eventually(lambda: pid not in fakes.processes_with("RECORD", str(machine.record)), 5)
+    finally:
+        for left in fakes.processes_with("RECORD", str(machine.record)):
+            os.kill(left, signal.SIGKILL)
+
+
+def test_no_secret_reaches_the_asked_server_nor_its_log(machine):
+    artefact = machine.artefact()
+    says = r"""api_key='in the config', admin_api_key=\"it's\", level='info', of={'api_key': 'as a dict'} hf_abcdef12"""
+    spelt = SERVER.replace("moe_a2a_backend='none')", f"moe_a2a_backend='none', {says})")
+    (machine.package / "launch_server.py").write_text(spelt)
+    secrets = ("--api-key", "sk-secret", "--admin-api=sk-secret", "--ssl-keyfile", "key.pem", "--ssl-certfile=c.pem")
+    env = asked_env(artefact.gate_up_file, artefact.down_file)
+    result = machine.run(*machine.flags, *secrets, "--moefix-ask", "--moefix-skip-download", env=env)
+    assert result.served, result.err
+    assert [word for word in secrets if word in result.record["argv"]] == list(secrets)
+    argv = json.loads((machine.record.parent / "record.asked").read_text())["argv"]
+    assert set(argv).isdisjoint(secrets)
+    log = (machine.home / "ask.log").read_text()
+    for secret in ("in the config", "it's", "as a dict", "hf_abcdef12"):
+        assert secret not in log
+    assert "moe_a2a_backend='none', api_key=***, admin_api_key=***, level='info', of={'api_key': ***} ***)" in log
+    assert "Using " in log
+
+
+def test_asking_waits_for_a_turn_and_takes_the_answer_of_another(machine):
+    artefact = machine.artefact()
+    path = asking.record_path(machine.home, asking.question_of(machine_situation(machine), 0))
+    (machine.home / "asked").mkdir()
+    with turn(machine.home, H100, Silent()):
+        process = machine.start(*machine.flags, "--moefix-ask", env=lines_env(artefact.gate_up_file))
+
+        def phase():
+            return next((each.phase for each in status.states(machine.home) if each.pid == process.pid), None)
+
+        assert fakes.eventually(lambda: phase() is Phase.WAITING, 60)
+        time.sleep(0.5)
+        assert not (machine.record.parent / "record.asked").exists()
+        question = asking.question_of(machine_situation(machine), 0)
+        kept = asking.Asked(question, artefact.gate_up_file, artefact.down_file, "asking", "2026-11-24T00:00:00Z")
+        path.write_text(kept.to_json())
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 41, err
+    assert "SGLang looked for " + artefact.gate_up_file + " when asked, as worked out" in err
+    assert not (machine.record.parent / "record.asked").exists()
+    assert status.states(machine.home)[0].detail != "waiting"
+
+
+def machine_situation(machine):
+    flags = parse_flags(machine.flags)
+    return asking_situation(load_model("", flags), flags, tree_at(machine.package))
+
+
+def test_two_kinds_of_card_are_asked_about_once(machine):
+    _, other = artefact_of(machine, number_format=NumberFormat.FP8_W8A8)
+    env = asked_env(other.gate_up_file, other.down_file) | {"CUDA_VISIBLE_DEVICES": "1,0", "FAKE_TORCH": ""}
+    result = machine.run(*machine.flags, "--moefix-ask", env=env)
+    assert result.served, result.err
+    assert result.err.count("asking SGLang itself") == 1
+    assert "no file for" not in result.err
+    named = f"SGLang looked for {other.gate_up_file} when asked; tuning exactly that"
+    for card in ("NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090"):
+        assert f"on {card}, SGLang 0.5.17: {named}" in result.err
+    assert "nothing to tune" not in result.err
+    assert len(list((machine.home / "asked").glob("*.json"))) == 1
+
+
+def test_an_uncertain_model_is_asked_about_without_being_told(machine, models):
+    config = json.loads((machine.model / "config.json").read_text())
+    (machine.model / "config.json").write_text(json.dumps(config | {"architectures": ["SomethingMoeForCausalLM"]}))
+    wanted = "E=8,N=64,device_name=NVIDIA_H100_80GB_HBM3.json"
+    env = asked_env(wanted, wanted.replace(".json", "_down.json")) | {"FAKE_TORCH": ""}
+    result = machine.run(env=env)
+    assert result.served
+    assert "SGLang looks for " + wanted in result.err
+    assert "as worked out" in result.err
+
+
+# --- while it runs ---------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_start_is_on_the_board(machine):
+    result = machine.run(env={"CUDA_VISIBLE_DEVICES": ""})
+    (state,) = status.states(machine.home)
+    assert (result.code, state.phase) == (4, Phase.FAILED)
+    assert "No NVIDIA card is visible" in state.detail
+
+
+def test_the_board_while_it_tunes_and_serves(machine):
+    process = machine.start(env={"FAKE_TORCH": "slow"})
+
+    def state() -> Status | None:
+        return next((each for each in status.states(machine.home) if each.pid == process.pid), None)
+
+    def phase() -> Phase | None:
+        return state().phase if state() else None
+
+    assert fakes.eventually(lambda: phase() is Phase.TUNING, 60)
+    healthy, text = status.health(machine.home)
+    assert not healthy
+    assert text.startswith("tuning: ")
+    process.terminate()
+    process.communicate(timeout=60)
+    machine.artefact()
+    process = machine.start(env=lines_env(READY) | {"SERVE_SECONDS": "60"})
+    assert fakes.eventually(lambda: phase() is Phase.SERVING, 60)
+    assert fakes.eventually(lambda: state().detail == "SGLang is ready", 20)
+    healthy, text = status.health(machine.home)
+    assert not healthy  # the stand-in answers nothing
+    assert "does not answer" in text
+    lock = status.lock_path(status.state_path(machine.home, state().host, process.pid))
+    assert status.is_held(lock)  # by the server
+    process.kill()
+    process.communicate(timeout=60)
+    assert fakes.eventually(lambda: phase() is Phase.ENDED and state().detail == "", 20)
+    assert status.is_held(lock) is False
+
+
+def test_the_board_of_a_tuning_without_a_server(machine):
+    process = machine.start("tune", *machine.flags, env={"FAKE_TORCH": "slow"})
+
+    def state() -> Status | None:
+        return next((each for each in status.states(machine.home) if each.pid == process.pid), None)
+
+    assert fakes.eventually(lambda: state() is not None and state().phase is Phase.TUNING, 60)
+    assert state().model == str(machine.model)
+    process.terminate()
+    process.communicate(timeout=60)
+    assert (state().phase, state().detail) == (Phase.ENDED, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "url"),
+    [
+        ((), "http://127.0.0.1:30000"),
+        (("--host", "0.0.0.0", "--port=8000"), "http://127.0.0.1:8000"),
+        (("--host", "::"), "http://[::1]:30000"),
+        (("--host", "fd00::7", "--port", "1"), "http://[fd00::7]:1"),
+        (("--host", "gpu.example", "--ssl-certfile", "x.pem"), "https://gpu.example:30000"),
+    ],
+)
+def test_where_the_server_is(words, url):
+    assert server_url(parse_flags(("--model", "x", *words))) == url

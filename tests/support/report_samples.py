@@ -1,0 +1,143 @@
+"""Tunings to report on: the committed ones of an H200, made-up rows, a search in a journal, a benchmark."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from tests.support import fakes
+
+from fixer.artefacts.artefact import Artefact, Decision, RowChoice
+from fixer.artefacts.shelf import save_artefact
+from fixer.bench_results import Arm, Arms, BenchEnvironment, BenchResult, Kind, Latency, Load, ServeLoad, Verdict, result_path, save_result
+from fixer.tuning.journal import Journal, RunKey
+from fixer.tuning.search.runner import Look
+from fixer.tuning.search.trials import Build, Outcome, Timing
+from fixer.workload import Kernel, Projection, Tile
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "h200"
+FP8 = RESULTS / "qwen3-30b-a3b-fp8-dynamic.artefact.json"
+SMALL, LARGE = Tile(16, 64, 128, 1, 4, 4), Tile(64, 128, 64, 16, 8, 3)
+
+
+def real(path: Path = FP8) -> Artefact:
+    return Artefact.from_json(path.read_bytes())
+
+
+def faster(batch: int, own: float = 100.0, tuned: float = 90.0, noise: float = 0.001) -> RowChoice:
+    return RowChoice(
+        batch,
+        SMALL,
+        SMALL,
+        Decision.TUNED,
+        tuned / 2,
+        tuned / 3,
+        own / 2,
+        own / 3,
+        noise,
+        layer_us=tuned,
+        sglang_layer_us=own,
+    )
+
+
+def kept(batch: int, noise: float | None = 0.002) -> RowChoice:
+    return RowChoice(batch, LARGE, LARGE, Decision.KEPT_SGLANG, 50.0, 30.0, 50.0, 30.0, noise, 99.0, 99.0)
+
+
+def cured(batch: int) -> RowChoice:
+    """SGLang's own does not run: only the winner was timed."""
+    return RowChoice(batch, SMALL, SMALL, Decision.FITTING_ONLY, 50.0, 30.0, layer_us=99.0)
+
+
+def unjudged(batch: int) -> RowChoice:
+    """The finals could not time it."""
+    return RowChoice(batch, LARGE, LARGE, Decision.FITTING_ONLY)
+
+
+def artefact_of(*rows: RowChoice, **changes) -> Artefact:
+    return replace(real(), rows=rows, **changes)
+
+
+def looks(rows=(1, 16, 128), count: int = 60) -> list[Look]:
+    """A search's looks, in an order that is neither that of the tiles nor that of the projections."""
+    tiles = [
+        Tile(block_m, block_n, block_k, 1, warps, stages)
+        for stages in (2, 4, 3)
+        for warps in (8, 4)
+        for block_k in (64, 128)
+        for block_n in (128, 32, 64)
+        for block_m in (32, 16)
+    ][: count // 2]
+    kernels = [Kernel(projection, tile) for tile in tiles for projection in Projection]
+    found = []
+    for place, kernel in enumerate(kernels):
+        if place % 10 == 7:
+            found.append(Look(Build(kernel, Outcome.TOO_MUCH_SHARED_MEMORY, 300000)))
+            continue
+        times = tuple(Timing(kernel, m, us := fakes.microseconds(kernel, m), us * 0.99, 3) for m in rows)
+        found.append(Look(Build(kernel, Outcome.OK, 4096 + 1024 * place, 64, 0), times))
+    return found
+
+
+def keep_looks(home: Path, artefact: Artefact, found: list[Look]) -> None:
+    journal = Journal(home / "journal.sqlite", RunKey(artefact.environment, artefact.workload))
+    for look in found:
+        journal.write(look)
+    journal.close()
+
+
+def served(artefact: Artefact, name: str, created: str = "2026-11-24T01:00:00Z") -> BenchResult:
+    """A made-up comparison of servers: one load faster, one neutral, one without a pass yet."""
+    environment = artefact.environment
+    where = BenchEnvironment(
+        environment.card,
+        environment.capability,
+        environment.driver,
+        environment.shared_memory,
+        environment.sglang,
+        environment.triton,
+        "2.11.0",
+        environment.moefix,
+        "3.12.3",
+        environment.kernel_hash,
+        16,
+    )
+    latency = Latency(41.5, 77.25, (41.5, 41.5), (77.25, 77.25))
+
+    def arms(own: float, tuned: float) -> Arms:
+        return Arms(
+            Arm((own, own), (0, 2), latency, latency, (), 0), Arm((tuned, tuned), (1, 3), latency, latency, (), 0)
+        )
+
+    loads = (
+        ServeLoad(Load(16, 512, 128, 64), arms(1330.0, 1398.0), 1.0511, 0.01, 0.012, Verdict.FASTER),
+        ServeLoad(Load(1, 512, 128, 4), arms(230.3, 230.9), 1.0026, 0.01, 0.012, Verdict.NEUTRAL),
+        ServeLoad(Load(1, 4000, 1, 4), Arms()),
+    )
+    return BenchResult(
+        Kind.SERVE,
+        created,
+        where,
+        artefact.model,
+        "",
+        name,
+        None,
+        "sglang.bench_serving",
+        loads,
+        ratio=1.0266,
+        margin=0.01,
+        verdict=Verdict.FASTER,
+        complete=True,
+        notes=("the tokenizer is <b>there</b>",),
+    )
+
+
+def full_home(home: Path, **changes) -> Path:
+    """A data folder in which a report finds everything that needs no compiler. Returns the artefact's file."""
+    rows = (faster(1), faster(16, 200.0, 180.0), kept(64), kept(96, None), cured(128), unjudged(256))
+    artefact = artefact_of(*rows, **changes)
+    path = save_artefact(home, artefact)
+    keep_looks(home, artefact, looks((1, 16, 64, 96, 128, 256), 120))
+    result = served(artefact, path.name)
+    save_result(result_path(home, result), result)
+    return path
