@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.lookup_cases import CASES
 
 from fixer.sglang.find_tree import fetched_tree
 from fixer.sglang.releases import RELEASES
 from fixer.sglang.tree import Tree
+from tests.support.lookup_cases import CASES
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

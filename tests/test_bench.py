@@ -6,16 +6,15 @@ import json
 from functools import partial
 from pathlib import Path
 
-from tests.support import fake_layer
-from tests.support import fakes
 import pytest
-from tests.serve.test_serve import H100, LARGE, Machine, SMALL, compiled, driver  # noqa: F401 (fixtures)
 
 import fixer.bench
 import fixer.serve.situation
 from fixer.base.status_reading import states
 from fixer.bench_results import BenchResult, Kind, Verdict
 from fixer.cli import main
+from tests.serve.test_serve import H100, LARGE, SMALL, Machine, compiled, driver  # noqa: F401 (fixtures)
+from tests.support import fake_layer, fakes
 
 
 @pytest.fixture

@@ -5,7 +5,22 @@ from dataclasses import replace
 
 import pytest
 
-from fixer.bench_results import Arm, Arms, BenchEnvironment, BenchResult, KernelRow, Kind, Latency, Load, ServeLoad, Verdict, headline, result_path, results_for, save_result
+from fixer.bench_results import (
+    Arm,
+    Arms,
+    BenchEnvironment,
+    BenchResult,
+    KernelRow,
+    Kind,
+    Latency,
+    Load,
+    ServeLoad,
+    Verdict,
+    headline,
+    result_path,
+    results_for,
+    save_result,
+)
 from fixer.bench_view import print_result
 
 WHERE = BenchEnvironment(

@@ -11,19 +11,29 @@ import sys
 import time
 from pathlib import Path
 
-from tests.support import fakes
 import pytest
-from tests.serve.test_serve import FOLDER, LARGE, Machine, Result, SMALL, compiled, driver  # noqa: F401 (fixtures)
 
 from fixer.arms import Side, before_moefix
 from fixer.base.errors import SGLangError, UsageError
 from fixer.bench_results import BenchResult, Kind, Load, Verdict
-from fixer.bench_serve import FULL_LOADS, QUICK_LOADS, Server, Start, bench_serving_pass, last_lines, local_environment, parse_loads, schedule
+from fixer.bench_serve import (
+    FULL_LOADS,
+    QUICK_LOADS,
+    Server,
+    Start,
+    bench_serving_pass,
+    last_lines,
+    local_environment,
+    parse_loads,
+    schedule,
+)
 from fixer.machine.processes import end_group, start_child
 from fixer.sglang.server import files_used, local_flags
 from fixer.sglang.tuning_files import render_table
 from fixer.sglang_server import client_command, client_module, is_plain_model, read_client_output
 from fixer.workload import Tile
+from tests.serve.test_serve import FOLDER, LARGE, SMALL, Machine, Result, compiled, driver  # noqa: F401 (fixtures)
+from tests.support import fakes
 
 LOADS = "1:8:4:3,4:8:6:8,1:32:1:6"
 MIDDLE = Tile(32, 64, 128, 1, 4, 4)

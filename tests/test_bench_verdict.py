@@ -6,7 +6,17 @@ import random
 import pytest
 
 from fixer.bench_results import Arm, Arms, Load, ServeLoad, Verdict
-from fixer.bench_verdict import LEAST_DIFFERENCE, LEAST_DIFFERENCE_OF_ONE_START, compare, judged, judged_row, overall, overall_rows, student, verdict
+from fixer.bench_verdict import (
+    LEAST_DIFFERENCE,
+    LEAST_DIFFERENCE_OF_ONE_START,
+    compare,
+    judged,
+    judged_row,
+    overall,
+    overall_rows,
+    student,
+    verdict,
+)
 from fixer.tuning.duel import Duel, Via
 
 LOAD = Load(16, 512, 128, 48)

@@ -19,9 +19,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.support.lookup_cases import CASES
 
-from fixer.artefacts.artefact import Artefact, Decision, Environment, RowChoice
+from fixer.artefacts.artefact import Artefact
 from fixer.artefacts.install import read_pair
 from fixer.artefacts.shelf import find_artefact, save_artefact
 from fixer.base.errors import MoefixError, StoreError
@@ -30,7 +29,7 @@ from fixer.base.json_reading import parse_json
 from fixer.base.status import Phase, Share, Status
 from fixer.base.status_reading import states
 from fixer.kernel.cache import CompileCache
-from fixer.kernel.compile import Candidate, CompileOutcome, Compiled, Target
+from fixer.kernel.compile import Candidate, Compiled, CompileOutcome, Target
 from fixer.kernel.source import KernelSource
 from fixer.machine.cards import find_card, known_cards
 from fixer.model.config import load_model
@@ -41,32 +40,15 @@ from fixer.sglang.tuning_files import parse_table, render_table
 from fixer.tuning.journal import Journal, RunKey
 from fixer.tuning.search.runner import Look
 from fixer.tuning.search.trials import Build, Outcome, Timing
-from fixer.workload import Kernel, NumberFormat, Projection, Tile, Workload
+from fixer.workload import Kernel, Projection, Tile
+from tests.support.fuzz_samples import ARTEFACT, DOWN, HERE, LARGE, LAYER, SMALL, UP
+from tests.support.lookup_cases import CASES
 
 SEED = 20261124
 LEAST_INPUTS = 20_000
 COUNTED: Counter[str] = Counter()
 REFUSED: Counter[str] = Counter()
 
-HERE = Environment("NVIDIA H100 80GB HBM3", (9, 0), 232448, "580.159.03", "3.6.0", "0.5.17", "ab" * 32, "0.1.0")
-LAYER = Workload(8, 64, 128, 2, NumberFormat.FP8_W8A8, per_channel_quant=True)
-SMALL, LARGE = Tile(16, 64, 128, 1, 4, 4), Tile(64, 128, 64, 16, 8, 3)
-UP, DOWN = "E=8,N=64,device_name=X,dtype=fp8_w8a8.json", "E=8,N=64,device_name=X,dtype=fp8_w8a8_down.json"
-ARTEFACT = Artefact(
-    HERE,
-    "owner/name",
-    "c0ffee",
-    LAYER,
-    UP,
-    DOWN,
-    tuple(
-        RowChoice(batch, tile, tile, Decision.TUNED, 9.0, 8.0, 12.0, 11.0, 0.001)
-        for batch, tile in ((1, SMALL), (16, SMALL), (512, LARGE))
-    ),
-    "2026-11-23T22:58:01Z",
-    31.5,
-    measured=True,
-)
 
 ODD = (
     None, True, False, 0, -1, 1, 7, 2**31, 2**63, 10**19, -(10**19), 0.5, -0.0, 1e308, "", "x", "-1", "1e9", "NaN",

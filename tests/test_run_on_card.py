@@ -8,8 +8,8 @@ import sys
 import tarfile
 from pathlib import Path
 
-from tests.test_bench_serve import ServeMachine
 from tests.serve.test_serve import ROOT, compiled, driver  # noqa: F401 (fixtures)
+from tests.test_bench_serve import ServeMachine
 
 SCRIPT = ROOT / "benchmarks" / "run_on_card"
 FLAGS = (

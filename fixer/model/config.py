@@ -19,15 +19,7 @@ from typing import Any
 from fixer.base.errors import HubError, ModelError, UsageError
 from fixer.model.catalogue import CatalogueEntry, catalogue_by_name, catalogued
 from fixer.model.config_file import read_json
-from fixer.model.hub import (
-    Hub,
-    NoSuchFileError,
-    UnreachableError,
-    before,
-    fetch,
-    is_hub_id,
-    uses_modelscope,
-)
+from fixer.model.hub import Hub, NoSuchFileError, UnreachableError, before, fetch, is_hub_id, uses_modelscope
 from fixer.sglang.flags import ServerFlags
 
 _MAX_NAME = 4096

@@ -26,14 +26,7 @@ from fixer.sglang.tree import Lookup
 from fixer.tuning.duel import LEAST_GAIN, Duel, DuelRequest, KernelDuel
 from fixer.tuning.job import Job, Timeline, Tuned
 from fixer.tuning.journal import Journal, JournaledRunner, RunKey
-from fixer.tuning.measure.memory import (
-    CONTEXTS,
-    LARGEST_L2,
-    full_rotation,
-    layer_room,
-    needed_bytes,
-    with_spare,
-)
+from fixer.tuning.measure.memory import CONTEXTS, LARGEST_L2, full_rotation, layer_room, needed_bytes, with_spare
 from fixer.tuning.precompile import server_candidates
 from fixer.tuning.row_choice import row_choice
 from fixer.tuning.search.runner import Look, look_closer, run_rounds

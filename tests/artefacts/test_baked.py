@@ -6,8 +6,6 @@ import json
 from dataclasses import replace
 
 import pytest
-from tests.support.artefacts import H100, RTX_4090, artefact_of
-from tests.serve.test_serve import compiled, driver, installed, machine  # noqa: F401 (fixtures)
 
 from fixer.artefacts.baked import COMMAND_FILE, find_kept, is_baked, with_baked_command
 from fixer.artefacts.environment import environment_of
@@ -15,6 +13,8 @@ from fixer.artefacts.install import Pair
 from fixer.artefacts.shelf import save_artefact
 from fixer.base.errors import StoreError, UsageError
 from fixer.sglang.find_tree import tree_at
+from tests.serve.test_serve import compiled, driver, installed, machine  # noqa: F401 (fixtures)
+from tests.support.artefacts import H100, RTX_4090, artefact_of
 
 # --- the command -----------------------------------------------------------------------------------------------------
 

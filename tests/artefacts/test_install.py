@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.support.fakes import eventually
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,6 +21,7 @@ from fixer.artefacts import shelf as store
 from fixer.artefacts.install import Pair, install_pair, installed, read_pair
 from fixer.sglang.tuning_files import parse_table, render_table
 from fixer.workload import Tile, check_tile
+from tests.support.fakes import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 UP = "E=128,N=768,device_name=NVIDIA_GeForce_RTX_4090,dtype=fp8_w8a8,block_shape=[128, 128].json"

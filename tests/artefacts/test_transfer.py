@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.support.artefacts import H100, RTX_4090, artefact_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +27,7 @@ from fixer.sglang.find_tree import tree_at
 from fixer.sglang.flags import parse_flags
 from fixer.sglang.tuning_files import parse_table, render_table
 from fixer.workload import Tile
+from tests.support.artefacts import H100, RTX_4090, artefact_of
 
 ROOT = Path(__file__).resolve().parents[2]
 FP8 = "q3_30b_fp8_4090"

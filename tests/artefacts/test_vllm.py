@@ -3,10 +3,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from tests.support.artefacts import LARGE, RTX_4090, SMALL, artefact_of
 
 from fixer.artefacts.vllm import approximations, vllm_file_name, vllm_table
 from fixer.workload import NumberFormat, Workload
+from tests.support.artefacts import LARGE, RTX_4090, SMALL, artefact_of
 
 BF16 = Workload(128, 768, 2048, 8)
 

@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tests.support import report_samples as samples
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from fixer.report.make import choose, summary_of, write_report
+from tests.support import report_samples as samples
 
 pytestmark = pytest.mark.browser
 

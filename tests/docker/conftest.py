@@ -9,6 +9,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+
 from tests.docker.engine import FAKE_TOKEN, IMAGE, ROOT, build, docker
 
 

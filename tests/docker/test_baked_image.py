@@ -17,13 +17,13 @@ import uuid
 from pathlib import Path
 
 import pytest
-from tests.support.artefacts import RTX_4090, artefact_of
-from tests.docker.engine import BASE, FAKE_TOKEN, ROOT, docker
-from tests.support.fake_driver import build_driver
 
 from fixer.artefacts.install import Pair
 from fixer.sglang.releases import PINNED
 from fixer.sglang.tuning_files import render_table
+from tests.docker.engine import BASE, FAKE_TOKEN, ROOT, docker
+from tests.support.artefacts import RTX_4090, artefact_of
+from tests.support.fake_driver import build_driver
 
 pytestmark = pytest.mark.docker
 

@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 import yaml
+
 from tests.docker.engine import ROOT
 
 pytestmark = pytest.mark.docker

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.docker.engine import IMAGE, build, docker
 
 from fixer.sglang.find_tree import fetched_tree
 from fixer.sglang.releases import PINNED
+from tests.docker.engine import IMAGE, build, docker
 
 pytestmark = pytest.mark.docker
 

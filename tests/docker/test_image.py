@@ -6,10 +6,10 @@ import json
 import subprocess
 
 import pytest
-from tests.docker.engine import BASE, FAKE_TOKEN, IMAGE, REVISION, build, build_environment, build_options, docker
 
 import fixer
 from fixer.sglang.releases import PINNED, RELEASES
+from tests.docker.engine import BASE, FAKE_TOKEN, IMAGE, REVISION, build, build_environment, build_options, docker
 
 pytestmark = pytest.mark.docker
 

@@ -8,6 +8,7 @@ import subprocess
 import uuid
 
 import pytest
+
 from tests.docker.engine import BASE, ROOT, docker
 
 pytestmark = pytest.mark.docker

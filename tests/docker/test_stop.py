@@ -6,6 +6,7 @@ import json
 import time
 
 import pytest
+
 from tests.docker.engine import docker
 from tests.support.fake_driver import build_driver
 

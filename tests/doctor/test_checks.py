@@ -16,7 +16,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from tests.support.fake_driver import build_driver
 
 import fixer
 from fixer.base.errors import CardError
@@ -28,6 +27,7 @@ from fixer.doctor.hub import told_address
 from fixer.machine.cards import Card
 from fixer.sglang.releases import PINNED, RELEASES
 from fixer.sglang.tree import Tree
+from tests.support.fake_driver import build_driver
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "hf_this_is_a_secret_0123456789"

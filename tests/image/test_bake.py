@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.support.artefacts import H100, RTX_4090, artefact_of
 
 from fixer.base.errors import DockerError, HubError, ModelError, SGLangError, UsageError
 from fixer.base.progress import Silent
 from fixer.image import bake as baking
 from fixer.image.bake import Order, bake, check_order, container_command, how_to_start, parse_gpus
 from fixer.image.docker_engine import Finished, Gpus, Image
+from tests.support.artefacts import H100, RTX_4090, artefact_of
 
 TOKEN = "hf_ThisIsNoTokenButMustGoNowhere"
 LABELS = {"moefix.sglang.version": "0.5.17", "moefix.triton.version": "3.6.0"}

@@ -13,7 +13,7 @@ import pytest
 
 from fixer.base.errors import DockerError
 from fixer.base.progress import Silent
-from fixer.image.docker_engine import ContainerRun, Engine, _Lines, _cut, _error
+from fixer.image.docker_engine import ContainerRun, Engine, _cut, _error, _Lines
 
 ROOT = Path(__file__).resolve().parents[2]
 

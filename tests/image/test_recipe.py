@@ -8,12 +8,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.support.artefacts import H100, RTX_4090, artefact_of
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fixer.artefacts.artefact import Artefact
-from fixer.image.recipe import Entry, Recipe, artefact_file, context, default_command, dockerfile, labels, tar_pieces, weight_files
+from fixer.image.recipe import (
+    Entry,
+    Recipe,
+    artefact_file,
+    context,
+    default_command,
+    dockerfile,
+    labels,
+    tar_pieces,
+    weight_files,
+)
+from tests.support.artefacts import H100, RTX_4090, artefact_of
 
 ENTRYPOINT = ("python3", "/opt/moefix/entrypoint.py")
 

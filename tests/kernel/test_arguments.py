@@ -14,7 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fixer.base.errors import SGLangError
-from fixer.kernel.arguments import LaunchContext, Operand, Product, Role, kernel_name, launch_arguments, operand_types, operands, padded_tokens, uses_weight_only_kernel
+from fixer.kernel.arguments import (
+    LaunchContext,
+    Operand,
+    Product,
+    Role,
+    kernel_name,
+    launch_arguments,
+    operand_types,
+    operands,
+    padded_tokens,
+    uses_weight_only_kernel,
+)
 from fixer.sglang.releases import RELEASES
 from fixer.tuning.measure.tensors import TORCH_TYPES
 from fixer.workload import NumberFormat, Projection, Tile, Workload

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import fixer.kernel.cache
 from fixer.base.errors import CompileError
-from fixer.kernel.cache import CompileCache, FILE_NAME, candidate_key, compile_with_cache, is_lasting
-from fixer.kernel.compile import Candidate, CompileOutcome, Compiled, Target
+from fixer.kernel.cache import FILE_NAME, CompileCache, candidate_key, compile_with_cache, is_lasting
+from fixer.kernel.compile import Candidate, Compiled, CompileOutcome, Target
 from fixer.kernel.source import KernelSource, read_kernel_source
 from fixer.sglang.tree import Tree
 from fixer.workload import NumberFormat, Projection, Tile, Workload

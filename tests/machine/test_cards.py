@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.support.fake_driver import build_driver
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from fixer.base.errors import CardError, UsageError
 from fixer.machine import cards as gpu
 from fixer.machine.cards import Card, find_card, kinds, known_cards, with_shared_memory_limit
 from fixer.machine.driver import visible_cards
+from tests.support.fake_driver import build_driver
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,11 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-from tests.support import fakes
 import pytest
 
 from fixer.base.errors import SGLangError
 from fixer.machine.processes import end_group, start_child
+from tests.support import fakes
 
 MARK = "MOEFIX_TEST_CHILD"
 

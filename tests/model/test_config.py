@@ -8,9 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.support import fakes
 import pytest
-from tests.support.hub import Site, serve
 
 from fixer.base.errors import HubError, ModelError, MoefixError, UsageError
 from fixer.model.catalogue import catalogue
@@ -19,6 +17,8 @@ from fixer.model.config_file import read_json
 from fixer.model.hub import Hub
 from fixer.model.rules.families import expert_layer
 from fixer.sglang.flags import ServerFlags, parse_flags
+from tests.support import fakes
+from tests.support.hub import Site, serve
 
 CONFIG = {
     "architectures": ["Qwen3MoeForCausalLM"],

@@ -12,7 +12,7 @@ import pytest
 
 from fixer.base.errors import SGLangError, StoreError, UsageError
 from fixer.kernel.cache import CompileCache
-from fixer.kernel.compile import Candidate, CompileOutcome, Compiled
+from fixer.kernel.compile import Candidate, Compiled, CompileOutcome
 from fixer.kernel.fit import CompileFunction, compiler_for
 from fixer.kernel.space import least_bytes, makes_sense
 from fixer.machine.cards import Card, find_card, with_shared_memory_limit
@@ -152,7 +152,10 @@ def test_names_by_release(cases: Any, trees: dict[str, Tree], release: str) -> N
 
 @pytest.mark.parametrize(
     "case_id",
-    [f"{case['id']}" for case in json.loads((Path(__file__).resolve().parents[1] / "data" / "lookup-cases.json").read_text())],
+    [
+        f"{case['id']}"
+        for case in json.loads((Path(__file__).resolve().parents[1] / "data" / "lookup-cases.json").read_text())
+    ],
 )
 def test_look_ups_of_all_cases(cases: Any, trees: dict[str, Tree], case_id: str) -> None:
     case = cases[case_id]

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tests.support import report_samples as samples
 from click.testing import CliRunner
 from rich.console import Console
 
@@ -37,6 +36,7 @@ from fixer.sglang.tree import Tree
 from fixer.tuning.journal import RunKey, read_looks
 from fixer.tuning.search.trials import Outcome
 from fixer.workload import Kernel, NumberFormat, Projection, Tile, Workload
+from tests.support import report_samples as samples
 
 BLANK = "2026-11-24T00:47:54Z"
 

@@ -16,18 +16,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from tests.support import fakes
 import pytest
-from tests.serve.test_serve import FOLDER, H100, LARGE, Machine, SMALL, compiled, driver, installed, no_write_as_root  # noqa: F401
 
 from fixer.artefacts.artefact import Artefact
 from fixer.artefacts.check_files import misfit
 from fixer.artefacts.shelf import artefact_path, save_artefact
 from fixer.base.errors import CompileError
-from fixer.kernel.compile import CompileOutcome, Compiled
+from fixer.kernel.compile import Compiled, CompileOutcome
 from fixer.sglang.tuning_files import render_table
 from fixer.tuning.journal import _COLUMNS
 from fixer.workload import Tile
+from tests.serve.test_serve import FOLDER, H100, LARGE, SMALL, Machine, compiled, driver, installed, no_write_as_root  # noqa: F401
+from tests.support import fakes
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"

@@ -16,11 +16,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from tests.support import fakes
 import pytest
-from tests.serve.test_faults import TuningMachine, machine, undisturbed  # noqa: F401
-from tests.test_fuzz import ARTEFACT, HERE, LAYER
-from tests.serve.test_serve import compiled, driver  # noqa: F401
 
 from fixer.artefacts.install import Pair, install_pair
 from fixer.artefacts.shelf import artefact_path, find_artefact, save_artefact
@@ -31,6 +27,10 @@ from fixer.tuning.journal import Journal, RunKey
 from fixer.tuning.search.runner import Look
 from fixer.tuning.search.trials import Build, Outcome, Timing
 from fixer.workload import Kernel, Projection, Tile
+from tests.serve.test_faults import TuningMachine, machine, undisturbed  # noqa: F401
+from tests.serve.test_serve import compiled, driver  # noqa: F401
+from tests.support import fakes
+from tests.support.fuzz_samples import ARTEFACT, HERE, LAYER
 
 WRITING_ROUNDS, RACING_ROUNDS, TUNING_ROUNDS = 120, 50, 40
 

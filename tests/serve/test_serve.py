@@ -13,9 +13,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.support import fakes
 import pytest
-from tests.support.fake_driver import build_driver
 
 from fixer.artefacts.artefact import Artefact, Decision, RowChoice
 from fixer.artefacts.environment import environment_of
@@ -30,6 +28,8 @@ from fixer.sglang.find_tree import tree_at
 from fixer.sglang.flags import parse_flags
 from fixer.sglang.tuning_files import render_table
 from fixer.workload import Tile
+from tests.support import fakes
+from tests.support.fake_driver import build_driver
 
 ROOT = Path(__file__).resolve().parents[2]
 H100 = Card("NVIDIA H100 80GB HBM3", (9, 0), 232448, 81559, 0, "580.159.03")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fixer.base.errors import UsageError
-from fixer.sglang.flags import Kind, OPTIONS, ServerFlags, json_depth, parse_flags
+from fixer.sglang.flags import OPTIONS, Kind, ServerFlags, json_depth, parse_flags
 
 
 @pytest.mark.parametrize("spelling", ["--tp", "--tp-size", "--tensor-parallel-size"])

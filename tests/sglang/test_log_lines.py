@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from fixer.sglang.log_lines import LONGEST_PATH, MARKERS, Said, WORDING, read_line
+from fixer.sglang.log_lines import LONGEST_PATH, MARKERS, WORDING, Said, read_line
 from fixer.sglang.tree import LOOKUP_SOURCES
 
 STAMP = "[2026-11-23 23:48:52 TP0] "

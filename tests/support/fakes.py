@@ -323,7 +323,7 @@ class InstantPool:
         self._waiting += candidates
 
     def poll(self, timeout: float = 0.0) -> list:
-        from fixer.kernel.compile import CompileOutcome, Compiled
+        from fixer.kernel.compile import Compiled, CompileOutcome
 
         some, self._waiting = self._waiting[:4], self._waiting[4:]
         return [(candidate, Compiled(CompileOutcome.OK, 4096, 0.5)) for candidate in some]

@@ -4,4 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-CASES: list[dict[str, Any]] = json.loads((Path(__file__).resolve().parents[1] / "data" / "lookup-cases.json").read_text())
+CASES: list[dict[str, Any]] = json.loads(
+    (Path(__file__).resolve().parents[1] / "data" / "lookup-cases.json").read_text()
+)

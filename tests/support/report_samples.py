@@ -5,15 +5,26 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from tests.support import fakes
-
 from fixer.artefacts.artefact import Artefact, Decision, RowChoice
 from fixer.artefacts.shelf import save_artefact
-from fixer.bench_results import Arm, Arms, BenchEnvironment, BenchResult, Kind, Latency, Load, ServeLoad, Verdict, result_path, save_result
+from fixer.bench_results import (
+    Arm,
+    Arms,
+    BenchEnvironment,
+    BenchResult,
+    Kind,
+    Latency,
+    Load,
+    ServeLoad,
+    Verdict,
+    result_path,
+    save_result,
+)
 from fixer.tuning.journal import Journal, RunKey
 from fixer.tuning.search.runner import Look
 from fixer.tuning.search.trials import Build, Outcome, Timing
 from fixer.workload import Kernel, Projection, Tile
+from tests.support import fakes
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "h200"
 FP8 = RESULTS / "qwen3-30b-a3b-fp8-dynamic.artefact.json"

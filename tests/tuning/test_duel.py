@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fixer.artefacts.artefact import Decision
 from fixer.base.errors import TuneError
-from fixer.tuning.duel import Duel, DuelRequest, KernelDuel, LEAST_GAIN, Via, rounds_for
+from fixer.tuning.duel import LEAST_GAIN, Duel, DuelRequest, KernelDuel, Via, rounds_for
 from fixer.tuning.row_choice import row_choice
 from fixer.workload import Tile, TilePair
 

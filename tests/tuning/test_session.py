@@ -14,7 +14,6 @@ from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
-from tests.support import fakes
 import pytest
 
 from fixer.artefacts.artefact import Artefact, Decision
@@ -27,6 +26,7 @@ from fixer.tuning.measure import card_runner
 from fixer.tuning.search.trials import Outcome
 from fixer.tuning.session import tune
 from fixer.tuning.turn import turn
+from tests.support import fakes
 
 ROOT = Path(__file__).resolve().parents[2]
 CHILD = "import sys, fakes; fakes.tune_in_child(*sys.argv[1:])"

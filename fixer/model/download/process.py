@@ -21,11 +21,7 @@ from fixer.base.errors import HubError, MoefixError, StoreError
 from fixer.model.download.attempt import CHECK, ELSEWHERE, Attempt
 from fixer.model.download.large_files import KEPT_HINT
 from fixer.model.download.messages import Done, Failed, Message, Request, Tell, Trouble, to_line
-from fixer.model.hub import (
-    UnreachableError,
-    hub_cache,
-    refusal,
-)
+from fixer.model.hub import UnreachableError, hub_cache, refusal
 
 PAUSES = (2.0, 5.0, 15.0)
 """Seconds before each further attempt; one that brought something starts the count anew."""

@@ -10,12 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.support import fakes
-from tests.support import hub as hub_
 import pytest
-from tests.support.hub import COMMIT, Site
-from tests.model.download.test_process import FILES, MIB, SHARDS, TOKEN, TOTAL, WANTED
-from tests.serve.test_serve import Machine, Result, compiled, driver, installed  # noqa: F401 (fixtures)
 
 import fixer.base.progress
 from fixer.base.errors import HubError, MoefixError, TuneError
@@ -28,6 +23,11 @@ from fixer.model.download.messages import Request
 from fixer.model.download.weights import Presence
 from fixer.model.hub import repository_folder, snapshot_folder
 from fixer.sglang.flags import ServerFlags, parse_flags
+from tests.model.download.test_process import FILES, MIB, SHARDS, TOKEN, TOTAL, WANTED
+from tests.serve.test_serve import Machine, Result, compiled, driver, installed  # noqa: F401 (fixtures)
+from tests.support import fakes
+from tests.support import hub as hub_
+from tests.support.hub import COMMIT, Site
 
 NAME = ("--model", "owner/name")
 

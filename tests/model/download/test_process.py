@@ -14,12 +14,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from tests.support import fakes
 import pytest
-from tests.support.hub import COMMIT, Site, noise, serve
 
 from fixer.model.download.messages import Bytes, Done, Failed, Plan, Request, Trouble, from_line, to_line
 from fixer.model.hub import commit_in_cache, repository_folder, snapshot_folder
+from tests.support import fakes
+from tests.support.hub import COMMIT, Site, noise, serve
 
 ROOT = Path(__file__).resolve().parents[3]
 TOKEN = "hf_fakefakefakefake"

@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fixer.machine.cards import Card
-from fixer.model.rules.ladder import BASE_ROWS, LARGEST_ROW, MAX_ROWS, chunked_prefill_size, decode_graph_max_batch, decode_graph_sizes, ladder, prefill_graph_sizes
+from fixer.model.rules.ladder import (
+    BASE_ROWS,
+    LARGEST_ROW,
+    MAX_ROWS,
+    chunked_prefill_size,
+    decode_graph_max_batch,
+    decode_graph_sizes,
+    ladder,
+    prefill_graph_sizes,
+)
 from fixer.sglang.flags import ServerFlags, parse_flags
 from fixer.workload import Workload
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from fixer.serve.log.diagnose import Diagnosis, FRAMES, Fault, KERNELS, MARKERS, MOST, SIGNS, find
+from fixer.serve.log.diagnose import FRAMES, KERNELS, MARKERS, MOST, SIGNS, Diagnosis, Fault, find
 
 RUNTIME = """
   File "/usr/local/lib/python3.12/dist-packages/triton/runtime/jit.py", line 419, in <lambda>

@@ -8,9 +8,7 @@ import signal
 import time
 from dataclasses import replace
 
-from tests.support import fakes
 import pytest
-from tests.serve.test_serve import FOLDER, H100, Machine, compiled, driver, installed  # noqa: F401 (fixtures)
 
 from fixer.artefacts.shelf import save_artefact
 from fixer.base import status_board as status
@@ -25,6 +23,8 @@ from fixer.sglang.find_tree import tree_at
 from fixer.sglang.flags import parse_flags
 from fixer.tuning.turn import turn
 from fixer.workload import NumberFormat
+from tests.serve.test_serve import FOLDER, H100, Machine, compiled, driver, installed  # noqa: F401 (fixtures)
+from tests.support import fakes
 
 SERVER = """
 import json, os, subprocess, sys, time

@@ -14,18 +14,18 @@ import time
 import uuid
 from pathlib import Path
 
-from tests.support import fakes
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.sglang.test_log_lines import STAMP
-from tests.serve.log.test_verdict import DOWN, EXPECTED, OTHER, OTHER_DOWN, READY, UP, missing, using
 
 from fixer.base import status_board as status
 from fixer.serve.asked import Asked, Question
 from fixer.serve.log.settings import Settings
 from fixer.serve.log.stream import LINE_CAP, Stream
 from fixer.serve.log.verdict import Expected
+from tests.serve.log.test_verdict import DOWN, EXPECTED, OTHER, OTHER_DOWN, READY, UP, missing, using
+from tests.sglang.test_log_lines import STAMP
+from tests.support import fakes
 
 QUIET = Settings(Expected(asks=False))
 """Says nothing by itself."""

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from tests.sglang.test_log_lines import STAMP, line_of
 
-from fixer.serve.log.verdict import Expected, Outcome, SETTLING_SECONDS, Watch, down_name, up_name
+from fixer.serve.log.verdict import SETTLING_SECONDS, Expected, Outcome, Watch, down_name, up_name
 from fixer.sglang.log_lines import Said, read_line
+from tests.sglang.test_log_lines import STAMP, line_of
 
 FOLDER = "/s/configs/triton_3_6_0"
 UP, DOWN = "E=8,N=64,device_name=X.json", "E=8,N=64,device_name=X_down.json"

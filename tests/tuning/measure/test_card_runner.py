@@ -7,7 +7,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from tests.support import fakes
 import pytest
 
 from fixer.base.errors import CardError, TuneError
@@ -21,6 +20,7 @@ from fixer.tuning.measure.requests import LOOK_REPLAYS
 from fixer.tuning.search.runner import Request
 from fixer.tuning.search.trials import Outcome
 from fixer.workload import Projection, Tile, TilePair, Workload
+from tests.support import fakes
 
 LAYER = Workload(8, 64, 128, 2)
 ROWS = (1, 4, 16, 64)

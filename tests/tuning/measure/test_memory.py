@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fixer.kernel.arguments import Product
-from fixer.tuning.measure.memory import COLD_FACTOR, full_rotation, layer_room, needed_bytes, rotations, smallest_rotation, with_spare
+from fixer.tuning.measure.memory import (
+    COLD_FACTOR,
+    full_rotation,
+    layer_room,
+    needed_bytes,
+    rotations,
+    smallest_rotation,
+    with_spare,
+)
 from fixer.workload import BOTH, NumberFormat, Projection, Workload
 
 L2 = 50 << 20

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from fixer.kernel.arguments import Operand, Product, Role, operands, padded_tokens
 from fixer.tuning.measure.memory import Rotation, needed_bytes
 from fixer.tuning.measure.routing import MIX, Routing
-from fixer.tuning.measure.tensors import align, choose_experts, make_layer, random_scale, random_tensor, reference, relative_error, route
+from fixer.tuning.measure.tensors import (
+    align,
+    choose_experts,
+    make_layer,
+    random_scale,
+    random_tensor,
+    reference,
+    relative_error,
+    route,
+)
 from fixer.workload import NumberFormat, Projection, Tile, Workload
 
 BASE = Workload(4, 12, 20, 2)

@@ -8,7 +8,7 @@ import pytest
 
 from fixer.base.errors import StoreError
 from fixer.tuning.search.recording import COLUMNS, write_recording
-from fixer.tuning.search.replay import Recording, TILE_COLUMNS
+from fixer.tuning.search.replay import TILE_COLUMNS, Recording
 from fixer.tuning.search.runner import Look
 from fixer.tuning.search.trials import Build, Outcome, Timing
 from fixer.workload import Kernel, Projection, Tile
