@@ -1,4 +1,4 @@
-"""The command line: `moefix plan`, `tune` and `serve`, where the other commands are, and what becomes of every fault.
+"""The command line: which commands there are, and how every fault becomes one line and an exit code.
 
 Nothing heavy is imported before a command needs it, so that `moefix --help` and a look-up answer at once.
 """
@@ -9,17 +9,13 @@ import difflib
 import importlib
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 import fixer
 from fixer.base.errors import MoefixError, UsageError
-from fixer.commands.common import DEFAULT_COMMAND, ELSEWHERE, shortened
-
-if TYPE_CHECKING:
-    pass
-
+from fixer.commands.common import COMMANDS, DEFAULT_COMMAND, shortened
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
@@ -43,21 +39,20 @@ class MoefixGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Every command's name, in alphabetical order."""
-        return sorted({*self.commands, *ELSEWHERE})
+        return sorted(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of that name, None where there is none."""
-        if cmd_name not in ELSEWHERE:
-            return super().get_command(ctx, cmd_name)
+        if cmd_name not in COMMANDS:
+            return None
         module = importlib.import_module(f"fixer.commands.{cmd_name}{'_' if cmd_name == 'import' else ''}")
         command: click.Command = module.command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the commands without importing those that lie elsewhere."""
+        """List the commands without importing them."""
         with formatter.section("Commands"):
-            here = {name: command.get_short_help_str(100) for name, command in self.commands.items()}
-            formatter.write_dl(sorted((here | ELSEWHERE).items()))
+            formatter.write_dl(sorted(COMMANDS.items()))
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Show the short help without arguments; put the default command first where none is named."""
@@ -152,9 +147,3 @@ def main() -> None:
     With an option in place of a command, moefix plans, tunes what is not yet tuned, and becomes the SGLang server:
     moefix --model NAME [any SGLang flag]
     """
-
-
-# --- plan ------------------------------------------------------------------------------------------------------------
-
-
-# --- tune and serve --------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ HOME_HINT = "Set MOEFIX_HOME (or --moefix-home) to a folder that this user can w
 
 
 def store_error(what: str, fault: OSError | ValueError) -> StoreError:
+    """The error for a file that could not be read or written, with what to do about the data folder."""
     code = fault.errno if isinstance(fault, OSError) else None
     reason = (fault.strerror if isinstance(fault, OSError) else None) or str(fault)
     full = code in (errno.ENOSPC, errno.EDQUOT)

@@ -60,6 +60,7 @@ def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def plain_json(value: object) -> str:
+    """The JSON form of a value that the encoder does not know (enums give their value)."""
     if isinstance(value, Enum):
         return str(value.value)
     raise TypeError(f"{type(value).__name__} has no JSON form")
@@ -160,4 +161,5 @@ class Reader:
 
 
 def field_names(kind: type) -> set[str]:
+    """The names of a dataclass's fields."""
     return {field.name for field in fields(kind)}

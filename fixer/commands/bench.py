@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from fixer.commands.common import ELSEWHERE, PASS_THROUGH
+from fixer.commands.common import COMMANDS, PASS_THROUGH
 from fixer.machine.signals import interruptible
 
 
-@click.command("bench", short_help=ELSEWHERE["bench"], context_settings=PASS_THROUGH)
+@click.command("bench", short_help=COMMANDS["bench"], context_settings=PASS_THROUGH)
 @click.option("--model", "--model-path", "model", metavar="NAME", help="A folder, or OWNER/NAME on the hub.")
 @click.option("--serve", is_flag=True, help="Compare whole servers under load, not the kernels alone.")
 @click.option("--rounds", metavar="N", type=click.IntRange(1, 50), help="Starts of each server (2), or of timing (3).")

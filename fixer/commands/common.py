@@ -25,20 +25,24 @@ PASS_THROUGH = {"ignore_unknown_options": True, "allow_extra_args": True}
 """Context settings of a command that takes SGLang's flags besides its own."""
 
 
-ELSEWHERE = {
+COMMANDS = {
     "bake": "Build a ready-tuned image for one model and one kind of card.",
     "bench": "Time SGLang's own configurations against the tuned ones.",
     "doctor": "Check this machine for what keeps SGLang or moefix from working.",
     "export": "Write a kept tuning as one file, or as files that SGLang or vLLM reads.",
     "import": "Take a tuning that was exported elsewhere into the data folder.",
+    "plan": "Say what SGLang would run on a card, and whether it fits.",
     "report": "Write a tuning's report, and print its short form.",
+    "serve": "Tune what is not yet tuned, then become the server.",
     "status": "Say what a running moefix does.",
+    "tune": "Measure on this machine's cards and install, without a server.",
 }
-"""Commands in modules of their own, imported when they are called: `bake` is `command` in fixer/commands/bake.py
-(`import` in import_.py). The texts are their short help, so that listing them imports nothing."""
+"""Every command with its short help. Each lies in a module of its own that is imported when it is called: `bake` is
+`command` in fixer/commands/bake.py (`import` in import_.py), so that listing them imports nothing."""
 
 
 def shortened(text: str) -> str:
+    """A user's text in quotes, cut to 60 characters."""
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
@@ -82,6 +86,7 @@ def data_folder(chosen: str | None) -> Iterator[Path]:
 
 
 def wanted_tree(root: str | None, version: str | None, data: Path) -> Tree:
+    """SGLang's tree: a named folder, a release from PyPI, or the installed one (`fixer.sglang.find_tree`)."""
     from fixer.sglang.find_tree import find_tree
 
     return find_tree(root, version, data / "cache")

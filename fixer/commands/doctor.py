@@ -10,12 +10,12 @@ from pathlib import Path
 
 import click
 
-from fixer.commands.common import ELSEWHERE, PASS_THROUGH
+from fixer.commands.common import COMMANDS, PASS_THROUGH
 from fixer.doctor.checks import BUILD_CHECKS, CHECKS
 from fixer.doctor.examine import SCHEMA, Finding, Patient, State, examine, wished_home, worst
 
 
-@click.command("doctor", short_help=ELSEWHERE["doctor"], context_settings=PASS_THROUGH)
+@click.command("doctor", short_help=COMMANDS["doctor"], context_settings=PASS_THROUGH)
 @click.option("--model", "--model-path", "model", metavar="NAME", help="Also look at this model and its files.")
 @click.option("--build", is_flag=True, help="The checks of an image being built: no card, no network.")
 @click.option("--sglang-root", metavar="DIR", type=click.Path(path_type=Path), help="An SGLang tree to look at.")

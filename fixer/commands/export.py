@@ -50,6 +50,7 @@ def command(
     Without --file or --for it is looked for in the data folder: by --model with the server's SGLang flags, by --card.
     """
     from fixer.artefacts import transfer
+    from fixer.artefacts.forms import Form
     from fixer.artefacts.shelf import kept_artefacts
     from fixer.base.data_folder import data_home
 
@@ -83,7 +84,7 @@ def command(
         if out == "-":
             _print(artefact, form)
             return
-        _report(_write(artefact, transfer.Form(form), Path(out), sglang_root, data))
+        _report(_write(artefact, Form(form), Path(out), sglang_root, data))
 
 
 def _plan(words: tuple[str, ...], name: str, limit: int | None, root: Path | None, data: Path) -> Artefact:
@@ -116,16 +117,16 @@ def _print(artefact: Artefact, form: str) -> None:
 
 
 def _write(artefact: Artefact, form: Form, out: Path, root: Path | None, data: Path) -> Written:
-    from fixer.artefacts import transfer
+    from fixer.artefacts import forms
 
-    if form is transfer.Form.ARTEFACT:
-        return transfer.write_artefact(artefact, out)
-    if form is transfer.Form.SGLANG:
-        return transfer.write_sglang(artefact, out)
-    if form is transfer.Form.VLLM:
-        return transfer.write_vllm(artefact, out)
-    tree = transfer.tree_of(artefact.environment.sglang, root, data / "cache", lambda line: click.echo(line, err=True))
-    return transfer.write_config_dir(artefact, out, tree)
+    if form is forms.Form.ARTEFACT:
+        return forms.write_artefact(artefact, out)
+    if form is forms.Form.SGLANG:
+        return forms.write_sglang(artefact, out)
+    if form is forms.Form.VLLM:
+        return forms.write_vllm(artefact, out)
+    tree = forms.tree_of(artefact.environment.sglang, root, data / "cache", lambda line: click.echo(line, err=True))
+    return forms.write_config_dir(artefact, out, tree)
 
 
 def _report(written: Written) -> None:

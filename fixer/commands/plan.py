@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import click
 
 from fixer.base.errors import UsageError
-from fixer.cli import main
 from fixer.commands.common import PASS_THROUGH, data_folder, wanted_cards, wanted_tree
 from fixer.machine.signals import interruptible
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from fixer.sglang.tree import Tree
 
 
-@main.command(context_settings=PASS_THROUGH)
+@click.command("plan", context_settings=PASS_THROUGH)
 @click.option("--model", "--model-path", "model", metavar="NAME", help="A folder, or OWNER/NAME on the hub.")
 @click.option("--gpu", "gpus", metavar="NAME", multiple=True, help='A card by name ("RTX 4090"); default: those here.')
 @click.option("--smem-limit", metavar="BYTES", type=int, help="Plan for less shared memory per block.")
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 @click.option("--write", "folder", metavar="DIR", help="Write the proposed pair of files there.")
 @click.option("--home", metavar="DIR", help="The data folder; default: MOEFIX_HOME, else ~/.local/share/moefix.")
 @click.argument("sglang_flags", nargs=-1, type=click.UNPROCESSED, metavar="[SGLANG FLAGS]...")
-def plan(
+def command(
     *,
     model: str | None,
     gpus: tuple[str, ...],

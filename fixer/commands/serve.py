@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import click
 
-from fixer.cli import main
 from fixer.commands.common import DEFAULT_COMMAND, PASS_THROUGH
 from fixer.machine.signals import interruptible
 
 
-@main.command(DEFAULT_COMMAND, context_settings={**PASS_THROUGH, "help_option_names": []})
+@click.command(DEFAULT_COMMAND, context_settings={**PASS_THROUGH, "help_option_names": []})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[SGLANG FLAGS]...")
-def serve_command(*, arguments: tuple[str, ...]) -> None:
+def command(*, arguments: tuple[str, ...]) -> None:
     """Tune what is not yet tuned, then become the SGLang server with exactly these flags.
 
     moefix's own options: --moefix-skip-tune, --moefix-skip-download, --moefix-fresh, --moefix-strict, --moefix-quiet,

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import click
 
-from fixer.cli import main
 from fixer.commands.common import PASS_THROUGH
 from fixer.machine.signals import interruptible
 
 
-@main.command(context_settings=PASS_THROUGH)
+@click.command("tune", context_settings=PASS_THROUGH)
 @click.option("--model", "--model-path", "model", metavar="NAME", help="A folder, or OWNER/NAME on the hub.")
 @click.option("--smem-limit", metavar="BYTES", type=int, help="Tune for less shared memory per block.")
 @click.option("--sglang-root", metavar="DIR", type=click.Path(path_type=Path), help="An SGLang tree to tune for.")
@@ -22,7 +21,7 @@ from fixer.machine.signals import interruptible
 @click.option("--home", metavar="DIR", type=click.Path(path_type=Path), help="The data folder; default: MOEFIX_HOME.")
 @click.option("--quiet", is_flag=True, help="Warnings and errors only.")
 @click.argument("sglang_flags", nargs=-1, type=click.UNPROCESSED, metavar="[SGLANG FLAGS]...")
-def tune(
+def command(
     *,
     model: str | None,
     smem_limit: int | None,

@@ -36,6 +36,7 @@ def compiler_for(tree: Tree, card: Card, home: Path, cache: CompileCache) -> Com
 
 
 def complaint(compiled: Compiled, card: Card) -> str:
+    """One line on a tile that does not run on a card: bytes needed and had, or the compiler's own words."""
     if compiled.outcome is not CompileOutcome.OK and not is_lasting(compiled):
         raise CompileError(f"The compiler cannot be used here: {compiled.message or compiled.outcome.value}.")
     if compiled.outcome is not CompileOutcome.OK:

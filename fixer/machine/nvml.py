@@ -118,6 +118,7 @@ class Nvml:
 
 
 def load(name: str) -> ctypes.CDLL | None:
+    """A shared library of the driver; None where this machine has none."""
     try:
         return ctypes.CDLL(name)
     except OSError:

@@ -42,4 +42,5 @@ def catalogue_by_name() -> Mapping[str, CatalogueEntry]:
 
 
 def catalogued(name: str) -> CatalogueEntry | None:
+    """The built-in entry of a model's name, in any case; None where there is none."""
     return catalogue_by_name().get(name.strip().lower())

@@ -96,6 +96,7 @@ def drawing(folder: Path) -> Iterator[None]:
 
 
 def draw_figure(frame: Frame, paint: Callable[[Any], None]) -> Figure:
+    """One figure as SVG, painted by a function that gets matplotlib's canvas."""
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=(frame.width, frame.height))
@@ -156,10 +157,12 @@ def row_axis(axes: Any, batches: Sequence[int], inches: float) -> None:
 
 
 def put_legend(axes: Any, columns: int, **more: Any) -> None:
+    """Put the legend above the axes, in so many columns."""
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.01), ncols=columns, columnspacing=1.4, **more)
 
 
 def percents(axes: Any, name: str = "y") -> None:
+    """Label an axis in whole percents."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axis = getattr(axes, f"{name}axis")
@@ -168,6 +171,7 @@ def percents(axes: Any, name: str = "y") -> None:
 
 
 def plain_log(axes: Any) -> None:
+    """A logarithmic axis of plain numbers, a tick for each row's M."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_yscale("log")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import fixer
 from fixer.bench_results import BenchResult, Kind, Latency, headline
 from fixer.report import figures
+from fixer.report.drawing import drawing
 from fixer.report.evidence import Part
 from fixer.report.search_course import course_of
 from fixer.report.summary import Fate, Summary, microseconds, percent
@@ -38,7 +39,7 @@ def render(summary: Summary, font_cache: Path) -> str:
     if course is None and not missing["SEARCH"]:
         missing["SEARCH"] = "The journal does not have every row of this tuning, so its search is not shown."
     benches = [evidence.bench[kind] for kind in (Kind.SERVE, Kind.KERNEL) if kind in evidence.bench]
-    with figures.drawing(font_cache):
+    with drawing(font_cache):
         gains = figures.gains(summary)
         drawn = {
             "gains": gains,

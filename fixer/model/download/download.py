@@ -28,7 +28,7 @@ from fixer.base.status_board import Board
 from fixer.base.text import told
 from fixer.machine.signals import ALARM
 from fixer.model.config import Model, Source
-from fixer.model.download import process as fetch
+from fixer.model.download import cached as cache
 from fixer.model.download.messages import Bytes, Done, Failed, Message, Plan, Request, Trouble, from_line
 from fixer.model.download.weights import FETCHED, Presence
 from fixer.model.hub import hub_cache, is_commit, is_hub_id, uses_modelscope
@@ -113,7 +113,7 @@ def _offline(name: str, flags: ServerFlags) -> Nothing:
 
 def cached(name: str, revision: str | None, flags: ServerFlags) -> tuple[str | None, Presence]:
     """The commit that the caches have for a revision, and whether its weights are there."""
-    return fetch.cached(name, revision, flags.load_format, flags.download_dir)
+    return cache.cached(name, revision, flags.load_format, flags.download_dir)
 
 
 # --- what was fetched ------------------------------------------------------------------------------------------------

@@ -146,6 +146,7 @@ def shard_advice(layer: ExpertLayer | None, shard: Shard) -> Callable[[int], str
 
 
 def other_kernel(kernel: str, reason: str) -> Decision:
+    """The decision that another kernel runs, and why."""
     return Decision(Outcome.OTHER_KERNEL, kernel, reason)
 
 

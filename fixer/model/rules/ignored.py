@@ -69,6 +69,7 @@ def _ignore_list(config: Mapping[str, Any], match: Match) -> tuple[str, ...]:
 
 
 def matches(entry: str, name: str, match: Match) -> bool:
+    """Whether an entry of a list of unquantised modules names this module."""
     if not entry:
         return False
     if match is Match.SUBSTRING:

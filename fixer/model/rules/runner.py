@@ -56,6 +56,7 @@ _MIXTRAL_FUSED = frozenset({NONE, "fp8", "compressed-tensors", "gptq_marlin", "a
 
 
 def mixtral_fused(case: Case) -> bool:
+    """Whether SGLang takes its fused Mixtral (model_loader/utils.py:206-219)."""
     return case.model.architecture != "MixtralForCausalLM" or case.scheme.method in _MIXTRAL_FUSED
 
 

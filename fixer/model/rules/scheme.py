@@ -94,6 +94,7 @@ PLAIN = Scheme(Fate.TRITON, NONE, label=NONE)
 
 
 def unquantized(scheme: Scheme) -> Scheme:
+    """The scheme of experts that stay in the model's own type."""
     return replace(
         scheme,
         experts_quantized=False,
@@ -102,10 +103,12 @@ def unquantized(scheme: Scheme) -> Scheme:
 
 
 def refuse(scheme: Scheme, reason: str) -> Scheme:
+    """The scheme of a checkpoint that SGLang refuses to load, and why."""
     return replace(scheme, fate=Fate.LOAD_ERROR, reason=reason)
 
 
 def by_other_kernel(scheme: Scheme, kernel: str, reason: str) -> Scheme:
+    """The scheme of experts that another kernel computes, and why."""
     return replace(scheme, fate=Fate.OTHER, kernel=kernel, reason=reason)
 
 
@@ -149,6 +152,7 @@ def in_blocks(question: Question, scheme: Scheme, block: tuple[int, int]) -> Sch
 
 
 def weight_only_scheme(scheme: Scheme, bits: int, group: int, zero_points: bool) -> Scheme:
+    """The scheme of 4-bit or 8-bit weights with 16-bit activations."""
     packed = bits == 4
     return replace(
         scheme,

@@ -11,10 +11,12 @@ from fixer.model.rules.family import MAX_DIMENSION
 
 
 def read_mapping(value: Any) -> Mapping[str, Any]:
+    """The value if it is an object, else an empty one."""
     return value if isinstance(value, Mapping) else {}
 
 
 def read_text(value: Any) -> str:
+    """The value if it is text, else ""."""
     return value if isinstance(value, str) else ""
 
 

@@ -12,6 +12,7 @@ from fixer.sglang.releases import NEW, at_least
 
 
 def thawed(value: Any) -> Any:
+    """The value with read-only mappings and tuples turned into dicts and lists."""
     if isinstance(value, Mapping):
         return {name: thawed(item) for name, item in value.items()}
     return [thawed(item) for item in value] if isinstance(value, (list, tuple)) else value
