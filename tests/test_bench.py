@@ -13,8 +13,8 @@ import fixer.serve.situation
 from fixer.base.status_reading import states
 from fixer.bench_results import BenchResult, Kind, Verdict
 from fixer.cli import main
-from tests.serve.test_serve import H100, LARGE, SMALL, Machine, compiled, driver  # noqa: F401 (fixtures)
 from tests.support import fake_layer, fakes
+from tests.support.serving import H100, LARGE, SMALL, Machine, compiled, driver  # noqa: F401 (fixtures)
 
 
 @pytest.fixture

@@ -32,8 +32,8 @@ from fixer.sglang.server import files_used, local_flags
 from fixer.sglang.tuning_files import render_table
 from fixer.sglang_server import client_command, client_module, is_plain_model, read_client_output
 from fixer.workload import Tile
-from tests.serve.test_serve import FOLDER, LARGE, SMALL, Machine, Result, compiled, driver  # noqa: F401 (fixtures)
 from tests.support import fakes
+from tests.support.serving import FOLDER, LARGE, SMALL, Machine, Result, compiled, driver  # noqa: F401 (fixtures)
 
 LOADS = "1:8:4:3,4:8:6:8,1:32:1:6"
 MIDDLE = Tile(32, 64, 128, 1, 4, 4)

@@ -8,7 +8,7 @@ import sys
 import tarfile
 from pathlib import Path
 
-from tests.serve.test_serve import ROOT, compiled, driver  # noqa: F401 (fixtures)
+from tests.support.serving import ROOT, compiled, driver  # noqa: F401 (fixtures)
 from tests.test_bench_serve import ServeMachine
 
 SCRIPT = ROOT / "benchmarks" / "run_on_card"

@@ -13,8 +13,8 @@ from fixer.artefacts.install import Pair
 from fixer.artefacts.shelf import save_artefact
 from fixer.base.errors import StoreError, UsageError
 from fixer.sglang.find_tree import tree_at
-from tests.serve.test_serve import compiled, driver, installed, machine  # noqa: F401 (fixtures)
 from tests.support.artefacts import H100, RTX_4090, artefact_of
+from tests.support.serving import compiled, driver, installed, machine  # noqa: F401 (fixtures)
 
 # --- the command -----------------------------------------------------------------------------------------------------
 

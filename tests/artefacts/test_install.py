@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from fixer.artefacts import install
 from fixer.artefacts import shelf as store
-from fixer.artefacts.install import Pair, install_pair, installed, read_pair
+from fixer.artefacts.install import install_pair, installed, read_pair
 from fixer.sglang.tuning_files import parse_table, render_table
 from fixer.workload import Tile, check_tile
+from tests.support.artefacts import PAIR
 from tests.support.fakes import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +29,6 @@ UP = "E=128,N=768,device_name=NVIDIA_GeForce_RTX_4090,dtype=fp8_w8a8,block_shape
 DOWN = UP.replace(".json", "_down.json")
 OTHER = "E=8,N=14336,device_name=NVIDIA_GeForce_RTX_4090.json"
 SMALL, LARGE = Tile(16, 64, 128, 1, 4, 3), Tile(64, 128, 128, 16, 8, 2)
-PAIR = Pair(UP, DOWN, {64: LARGE, 1: SMALL}, {1: replace(SMALL, block_n=128), 64: replace(LARGE, use_tma=True)})
 # The first bytes of SGLang 0.5.17's own configs/triton_3_6_0/E=128,N=704,device_name=NVIDIA_H200_down.json.
 SHIPPED = """{
     "1": {

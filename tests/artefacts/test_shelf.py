@@ -182,7 +182,7 @@ def test_full_disk_and_read_only_volume_keep_the_old(tmp_path, readonly):
 
 
 def test_kill_9_leaves_the_old_or_the_new_content(tmp_path):
-    code = "import sys, pathlib, itertools\nfrom fixer.artefacts.shelf import write_atomically\n"
+    code = "import sys, pathlib, itertools\nfrom fixer.base.files import write_atomically\n"
     code += "print('ready', flush=True)\n"
     code += "for turn in itertools.count(): write_atomically(pathlib.Path(sys.argv[1]), (b'%06d' % turn) * 50000)"
     path = tmp_path / "file"
@@ -438,7 +438,7 @@ def test_names_stay_in_their_folder():
 
 # --- the lock --------------------------------------------------------------------------------------------------------
 
-HOLDER = "import sys, pathlib, time\nfrom fixer.artefacts.shelf import Lock\nwith Lock(pathlib.Path(sys.argv[1])):\n"
+HOLDER = "import sys, pathlib, time\nfrom fixer.base.locks import Lock\nwith Lock(pathlib.Path(sys.argv[1])):\n"
 HOLDER += " print('held', flush=True); time.sleep(30)"
 
 

@@ -137,7 +137,7 @@ def test_the_tag_is_installed_and_its_commit_recorded(served, release, context, 
         assert labels["moefix.sglang.repository"].endswith("/release")
         looks = (
             "cat /opt/sglang.source; git -C /opt/sglang rev-parse HEAD; "
-            "python3 -c 'from fixer.sglang.tree import installed_tree; print(installed_tree().package)'; "
+            "python3 -c 'from fixer.sglang.find_tree import installed_tree; print(installed_tree().package)'; "
             "command -v cargo rustc || echo no Rust"
         )
         recorded, head, package, rust = docker(

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CHILD = """
 import dataclasses, json, sys, time
 from fixer.base.errors import CardError
-from fixer.machine.cards import visible_cards
+from fixer.machine.driver import visible_cards
 began = time.monotonic()
 try:
     cards = [dataclasses.asdict(card) for card in visible_cards()]
@@ -281,7 +281,7 @@ def test_a_name_with_another_memory_is_another_card(text):
 
 OCCUPANCY = """
 import dataclasses, json
-from fixer.machine.cards import occupancy, visible_cards
+from fixer.machine.driver import occupancy, visible_cards
 for card in visible_cards():
     found = occupancy(card)
     print(json.dumps({**dataclasses.asdict(found), "busy": found.is_busy, "by": found.held_by()}))

@@ -26,8 +26,9 @@ from fixer.kernel.compile import Compiled, CompileOutcome
 from fixer.sglang.tuning_files import render_table
 from fixer.tuning.journal import _COLUMNS
 from fixer.workload import Tile
-from tests.serve.test_serve import FOLDER, H100, LARGE, SMALL, Machine, compiled, driver, installed, no_write_as_root  # noqa: F401
 from tests.support import fakes
+from tests.support.serving import FOLDER, H100, LARGE, SMALL, Machine, compiled, driver, installed, no_write_as_root  # noqa: F401
+from tests.support.tuning_machine import TuningMachine
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"
@@ -40,57 +41,9 @@ LARGE_TOO = Tile(128, 64, 64, 8, 4, 2)
 """Of the same BLOCK_SIZE_M, and fits."""
 
 
-class TuningMachine(Machine):
-    """A machine whose card can be measured: synthetic times, and kernels that count as compiled at once."""
-
-    def __init__(self, *arguments) -> None:
-        super().__init__(*arguments)
-        self.log = self.site.parent / "log"
-        self.env["PYTHONPATH"] = os.pathsep.join(map(str, (self.site, TESTS, ROOT)))
-        self.env |= {fakes.INSTANT: "1", fakes.LOG: str(self.log), "HF_TOKEN": TOKEN}
-
-    def start(self, *arguments, **options):
-        if options.pop("real", False):
-            return super().start(*arguments, **options)
-        command = [sys.executable, str(TESTS / "fake_entry.py"), *(arguments or self.flags)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        environ = self.env | options.pop("env", {})
-        return subprocess.Popen(command, env=environ, cwd=self.site.parent, **pipes, **options)
-
-    def run(self, *arguments, **options):
-        result = super().run(*arguments, **options)
-        assert "Traceback" not in result.err, result.err
-        assert TOKEN not in result.err + result.out
-        return result
-
-    def kept(self) -> dict | None:
-        """What the one kept artefact chooses, None where there is none."""
-        paths = list(self.home.glob("artefacts/*/*.json"))
-        assert len(paths) <= 1
-        return fakes.choices(Artefact.from_json(paths[0].read_bytes())) if paths else None
-
-    def processes(self) -> set[int]:
-        """All that belong to this machine."""
-        return fakes.processes_with("RECORD", str(self.record))
-
-    def timed(self) -> int:
-        return len(fakes.logged(self.log, "time"))
-
-
 @pytest.fixture
 def machine(tmp_path, trees, driver, models, compiled):  # noqa: F811
     return TuningMachine(tmp_path, trees["0.5.17"].package, driver, models, compiled)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, trees, driver, compiled):  # noqa: F811
-    """What a tuning chooses that nothing disturbs."""
-    folder = tmp_path_factory.mktemp("quiet")
-    machine = TuningMachine(folder, trees["0.5.17"].package, driver, model_folders(tmp_path_factory), compiled)
-    result = machine.run()
-    assert result.served, result.err
-
-    return machine.kept()
 
 
 def model_folders(factory):

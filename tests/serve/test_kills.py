@@ -27,10 +27,11 @@ from fixer.tuning.journal import Journal, RunKey
 from fixer.tuning.search.runner import Look
 from fixer.tuning.search.trials import Build, Outcome, Timing
 from fixer.workload import Kernel, Projection, Tile
-from tests.serve.test_faults import TuningMachine, machine, undisturbed  # noqa: F401
-from tests.serve.test_serve import compiled, driver  # noqa: F401
+from tests.serve.test_faults import machine  # noqa: F401
 from tests.support import fakes
 from tests.support.fuzz_samples import ARTEFACT, HERE, LAYER
+from tests.support.serving import compiled, driver  # noqa: F401
+from tests.support.tuning_machine import TuningMachine, undisturbed  # noqa: F401
 
 WRITING_ROUNDS, RACING_ROUNDS, TUNING_ROUNDS = 120, 50, 40
 

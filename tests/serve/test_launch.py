@@ -113,7 +113,7 @@ sys.exit(41)
 LAUNCHER = """
 import os, sys
 held = open(os.devnull)
-from fixer.serve.launch import become_server, split_flags
+from fixer.serve.launch import become_server; from fixer.serve.options import split_flags
 print("buffered before the exec", end="")
 become_server(split_flags(sys.argv[1:])[1], (("SGLANG_MOE_CONFIG_DIR", "/over lay"),))
 """

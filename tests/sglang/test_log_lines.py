@@ -6,8 +6,8 @@ import pytest
 
 from fixer.sglang.log_lines import LONGEST_PATH, MARKERS, WORDING, Said, read_line
 from fixer.sglang.tree import LOOKUP_SOURCES
+from tests.support.log_lines import STAMP, line_of
 
-STAMP = "[2026-11-23 23:48:52 TP0] "
 NAME = "E=128,N=768,device_name=NVIDIA_H200,dtype=fp8_w8a8,block_shape=[128, 128].json"
 FOLDER = "/opt/a b/sglang/configs/triton_3_6_0"
 
@@ -32,13 +32,6 @@ def test_the_words_are_sglangs(trees, version, said):
         return  # came later
     wording = WORDING[said].replace("%v", "%s")
     assert [text for text in texts_of(trees[version].package) if text.startswith(wording)]
-
-
-def line_of(said, *paths):
-    text = WORDING[said].replace("%v", "3.5.1")
-    for path in paths:
-        text = text.replace("%s", path, 1)
-    return text
 
 
 @pytest.mark.parametrize("before", ["", STAMP, " 50%|###  | 3/6 [00:01<00:01]\r" + STAMP, "100%|###| 6/6" + STAMP])

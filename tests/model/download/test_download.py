@@ -23,11 +23,11 @@ from fixer.model.download.messages import Request
 from fixer.model.download.weights import Presence
 from fixer.model.hub import repository_folder, snapshot_folder
 from fixer.sglang.flags import ServerFlags, parse_flags
-from tests.model.download.test_process import FILES, MIB, SHARDS, TOKEN, TOTAL, WANTED
-from tests.serve.test_serve import Machine, Result, compiled, driver, installed  # noqa: F401 (fixtures)
 from tests.support import fakes
 from tests.support import hub as hub_
 from tests.support.hub import COMMIT, Site
+from tests.support.serving import Machine, Result, compiled, driver, installed  # noqa: F401 (fixtures)
+from tests.support.weight_files import FILES, MIB, SHARDS, TOKEN, TOTAL, WANTED
 
 NAME = ("--model", "owner/name")
 

@@ -20,23 +20,9 @@ from fixer.model.download.messages import Bytes, Done, Failed, Plan, Request, Tr
 from fixer.model.hub import commit_in_cache, repository_folder, snapshot_folder
 from tests.support import fakes
 from tests.support.hub import COMMIT, Site, noise, serve
+from tests.support.weight_files import FILES, MIB, SHARDS, TOKEN, TOTAL, WANTED
 
 ROOT = Path(__file__).resolve().parents[3]
-TOKEN = "hf_fakefakefakefake"
-MIB = 1 << 20
-SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-FILES = {
-    "config.json": b'{"architectures": ["A"]}',
-    "tokenizer.json": b"{}" * 999,
-    "model.safetensors.index.json": json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[1]}}).encode(),
-    SHARDS[0]: noise(12 * MIB, 1),
-    SHARDS[1]: noise(9 * MIB, 2),
-    "README.md": b"# not needed",
-    "original/consolidated.00.pth": noise(2 * MIB, 3),
-    "pytorch_model.bin": noise(2 * MIB, 4),
-}
-WANTED = {name for name in FILES if not name.startswith(("README", "original", "pytorch"))}
-TOTAL = sum(len(FILES[name]) for name in WANTED)
 REQUEST = Request("owner/name", None, COMMIT, "auto")
 
 # Waiting is for people and for hubs under load; files here are smaller than the client's usual 10 MB at a time.

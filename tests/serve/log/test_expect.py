@@ -23,8 +23,8 @@ from fixer.sglang.find_tree import tree_at
 from fixer.sglang.flags import parse_flags
 from fixer.tuning.turn import turn
 from fixer.workload import NumberFormat
-from tests.serve.test_serve import FOLDER, H100, Machine, compiled, driver, installed  # noqa: F401 (fixtures)
 from tests.support import fakes
+from tests.support.serving import FOLDER, H100, Machine, compiled, driver, installed  # noqa: F401 (fixtures)
 
 SERVER = """
 import json, os, subprocess, sys, time

@@ -23,16 +23,15 @@ from fixer.serve.asked import Asked, Question
 from fixer.serve.log.settings import Settings
 from fixer.serve.log.stream import LINE_CAP, Stream
 from fixer.serve.log.verdict import Expected
-from tests.serve.log.test_verdict import DOWN, EXPECTED, OTHER, OTHER_DOWN, READY, UP, missing, using
-from tests.sglang.test_log_lines import STAMP
 from tests.support import fakes
+from tests.support.log_lines import DOWN, EXPECTED, OTHER, OTHER_DOWN, READY, STAMP, UP, missing, using
 
 QUIET = Settings(Expected(asks=False))
 """Says nothing by itself."""
 
 STARTER = """
 import os, sys
-from fixer.serve.log.relay import Settings, start_relay
+from fixer.serve.log.settings import Settings; from fixer.serve.log.start_relay import start_relay
 assert start_relay(Settings.from_json(sys.argv[1])), "no relay"
 os.execv(sys.executable, [sys.executable, "-c", sys.argv[2], *sys.argv[3:]])
 """

@@ -6,24 +6,9 @@ import pytest
 
 from fixer.serve.log.verdict import SETTLING_SECONDS, Expected, Outcome, Watch, down_name, up_name
 from fixer.sglang.log_lines import Said, read_line
-from tests.sglang.test_log_lines import STAMP, line_of
+from tests.support.log_lines import DOWN, EXPECTED, FOLDER, OTHER, OTHER_DOWN, READY, STAMP, UP, line_of, missing, using
 
-FOLDER = "/s/configs/triton_3_6_0"
-UP, DOWN = "E=8,N=64,device_name=X.json", "E=8,N=64,device_name=X_down.json"
-OTHER, OTHER_DOWN = "E=8,N=64,device_name=X,dtype=fp8_w8a8.json", "E=8,N=64,device_name=X,dtype=fp8_w8a8_down.json"
-EXPECTED = Expected(pairs=((f"{FOLDER}/{UP}", f"{FOLDER}/{DOWN}"),), names=((UP, DOWN),), reason="SGLang looks")
 ARGUMENTS = STAMP + "server_args=ServerArgs(moe_runner_backend='{}', moe_a2a_backend='none')"
-
-
-def using(name, folder=FOLDER):
-    return line_of(Said.USING, f"{folder}/{name}")
-
-
-def missing(name, folder=FOLDER):
-    return line_of(Said.DEFAULT, f"{folder}/{name}") + " you can"
-
-
-READY = line_of(Said.READY)
 
 
 def verdicts(expected, *lines, end=False):
