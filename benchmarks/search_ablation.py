@@ -32,7 +32,7 @@ from fixer.tuning.search.runner import Look, Request, run_search  # noqa: E402
 from fixer.tuning.search.search import Search  # noqa: E402
 from fixer.tuning.search.seeds import seeds  # noqa: E402
 from fixer.tuning.search.trials import Timing  # noqa: E402
-from fixer.workload import Kernel, NumberFormat, Projection, Tile, Workload
+from fixer.workload import Kernel, NumberFormat, Projection, Tile, Workload  # noqa: E402
 
 LANDSCAPE = ROOT / "benchmarks/recordings/qwen3-30b-a3b-fp8-channel.h100.csv.gz"
 QWEN = Workload(128, 768, 2048, 8, NumberFormat.FP8_W8A8, per_channel_quant=True)

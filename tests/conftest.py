@@ -11,6 +11,7 @@ from fixer.sglang.find_tree import fetched_tree
 from fixer.sglang.releases import RELEASES
 from fixer.sglang.tree import Tree
 from tests.support.lookup_cases import CASES
+from tests.support.serving import compiled, driver, machine, no_write_as_root  # noqa: F401 (fixtures for all)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -14,11 +14,11 @@ from fixer.base.status_reading import states
 from fixer.bench_results import BenchResult, Kind, Verdict
 from fixer.cli import main
 from tests.support import fake_layer, fakes
-from tests.support.serving import H100, LARGE, SMALL, Machine, compiled, driver  # noqa: F401 (fixtures)
+from tests.support.serving import H100, LARGE, SMALL, Machine
 
 
 @pytest.fixture
-def machine(tmp_path, trees, driver, models, compiled, monkeypatch):  # noqa: F811
+def machine(tmp_path, trees, driver, models, compiled, monkeypatch):
     made = Machine(tmp_path, trees["0.5.17"].package, driver, models, compiled)
     made.log = tmp_path / "layer.log"
     monkeypatch.setenv(fake_layer.LOG, str(made.log))
@@ -157,7 +157,7 @@ def test_a_dense_model_has_nothing_to_compare(machine, capsys):
     assert "nothing to compare" in err
 
 
-def test_a_tree_that_is_only_read_has_no_layer(tmp_path, trees, driver, models, compiled, monkeypatch, capsys):  # noqa: F811
+def test_a_tree_that_is_only_read_has_no_layer(tmp_path, trees, driver, models, compiled, monkeypatch, capsys):
     machine = Machine(tmp_path, trees["0.5.17"].package, driver, models, compiled)
     monkeypatch.setenv("MOEFIX_HOME", str(machine.home))
     monkeypatch.setattr(fixer.serve.situation, "visible_cards", lambda: (H100,))

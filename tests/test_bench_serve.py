@@ -33,7 +33,7 @@ from fixer.sglang.tuning_files import render_table
 from fixer.sglang_server import client_command, client_module, is_plain_model, read_client_output
 from fixer.workload import Tile
 from tests.support import fakes
-from tests.support.serving import FOLDER, LARGE, SMALL, Machine, Result, compiled, driver  # noqa: F401 (fixtures)
+from tests.support.serving import FOLDER, LARGE, SMALL, Machine, Result
 
 LOADS = "1:8:4:3,4:8:6:8,1:32:1:6"
 MIDDLE = Tile(32, 64, 128, 1, 4, 4)
@@ -58,7 +58,7 @@ class ServeMachine(Machine):
 
     def __init__(self, *arguments) -> None:
         super().__init__(*arguments)
-        shutil.copy(Path(__file__).with_name("fake_server.py"), self.package / "launch_server.py")
+        shutil.copy((Path(__file__).with_name("support") / "fake_server.py"), self.package / "launch_server.py")
         (self.package / "__init__.py").write_text("")
         self.flags = ("--model", str(self.model), "--load-format", "dummy", "--skip-tokenizer-init")
 
@@ -106,7 +106,7 @@ def end(processes) -> None:
 
 
 @pytest.fixture
-def machine(tmp_path, trees, driver, models, compiled):  # noqa: F811
+def machine(tmp_path, trees, driver, models, compiled):
     made = ServeMachine(tmp_path, trees["0.5.17"].package, driver, models, compiled)
     yield made
     left = made.processes

@@ -8,7 +8,7 @@ import sys
 import tarfile
 from pathlib import Path
 
-from tests.support.serving import ROOT, compiled, driver  # noqa: F401 (fixtures)
+from tests.support.serving import ROOT
 from tests.test_bench_serve import ServeMachine
 
 SCRIPT = ROOT / "benchmarks" / "run_on_card"
@@ -20,7 +20,7 @@ FLAGS = (
 )
 
 
-def test_both_limits_and_once_more(tmp_path, trees, driver, models, compiled):  # noqa: F811
+def test_both_limits_and_once_more(tmp_path, trees, driver, models, compiled):
     machine = ServeMachine(tmp_path, trees["0.5.17"].package, driver, models, compiled)
     model = tmp_path / "base" / "models" / "small"
     shutil.copytree(machine.model, model)

@@ -6,7 +6,8 @@ chance that a token draws expert i among its k, the expected number of a rank's 
 
     sum over i of (1 - (1 - p_i) ** M) / R
 
-averaged over the routings that moefix measures with (`fixer.tuning.measure.routing`); for uniform routing p_i is k / (E * R).
+averaged over the routings that moefix measures with (`fixer.tuning.measure.routing`); for uniform routing p_i is
+k / (E * R).
 What it has to compute: 2 * (M * k / R) * columns * depth operations.
 """
 

@@ -14,7 +14,7 @@ from fixer.artefacts.shelf import save_artefact
 from fixer.base.errors import StoreError, UsageError
 from fixer.sglang.find_tree import tree_at
 from tests.support.artefacts import H100, RTX_4090, artefact_of
-from tests.support.serving import compiled, driver, installed, machine  # noqa: F401 (fixtures)
+from tests.support.serving import installed
 
 # --- the command -----------------------------------------------------------------------------------------------------
 
@@ -108,7 +108,7 @@ def test_the_nearest_of_those_that_do_not_hold_is_told(trees, models, tmp_path):
 
 
 @pytest.fixture
-def baked(machine, tmp_path):  # noqa: F811
+def baked(machine, tmp_path):
     """Puts an artefact into the machine's image, whose own command is the machine's."""
     folder = tmp_path / "baked"
     folder.mkdir()
@@ -123,7 +123,7 @@ def baked(machine, tmp_path):  # noqa: F811
     return put
 
 
-def test_the_same_card_measures_nothing(machine, baked):  # noqa: F811
+def test_the_same_card_measures_nothing(machine, baked):
     artefact = baked()
     result = machine.run()
     assert result.served, result.err
@@ -132,14 +132,14 @@ def test_the_same_card_measures_nothing(machine, baked):  # noqa: F811
     assert not list(machine.home.glob("artefacts/*"))
 
 
-def test_flags_alone_serve_the_images_model(machine, baked):  # noqa: F811
+def test_flags_alone_serve_the_images_model(machine, baked):
     baked()
     result = machine.run("--port", "8000", "--moefix-quiet")
     assert result.served, result.err
     assert result.record["argv"] == [*machine.flags, "--port", "8000"]
 
 
-def test_what_was_not_measured_is_served_at_once_and_said(machine, baked):  # noqa: F811
+def test_what_was_not_measured_is_served_at_once_and_said(machine, baked):
     artefact = baked(measured=False)
     result = machine.run()
     assert result.served, result.err
@@ -151,7 +151,7 @@ def test_what_was_not_measured_is_served_at_once_and_said(machine, baked):  # no
     assert "measuring process" in fresh.err
 
 
-def test_another_card_is_said_and_tuned(machine, baked):  # noqa: F811
+def test_another_card_is_said_and_tuned(machine, baked):
     artefact = baked(RTX_4090)
     result = machine.run(*machine.flags, "--moefix-strict")
     assert result.code == 8
@@ -163,12 +163,12 @@ def test_another_card_is_said_and_tuned(machine, baked):  # noqa: F811
     assert not installed_anything(machine, artefact)
 
 
-def installed_anything(machine, artefact):  # noqa: F811
+def installed_anything(machine, artefact):
     pair = Pair.of(artefact)
     return [name for name in machine.files() if name.endswith((pair.gate_up_name, pair.down_name))]
 
 
-def test_another_driver_is_said_and_tuned(machine, baked):  # noqa: F811
+def test_another_driver_is_said_and_tuned(machine, baked):
     baked(driver="570.86")
     result = machine.run(*machine.flags, "--moefix-strict")
     assert result.code == 8

@@ -17,18 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fixer.artefacts import install
-from fixer.artefacts import shelf as store
 from fixer.artefacts.install import install_pair, installed, read_pair
+from fixer.base import files
 from fixer.sglang.tuning_files import parse_table, render_table
-from fixer.workload import Tile, check_tile
-from tests.support.artefacts import PAIR
+from fixer.workload import check_tile
 from tests.support.fakes import eventually
+from tests.support.pairs import DOWN, LARGE, PAIR, SMALL, UP
 
 ROOT = Path(__file__).resolve().parents[2]
-UP = "E=128,N=768,device_name=NVIDIA_GeForce_RTX_4090,dtype=fp8_w8a8,block_shape=[128, 128].json"
-DOWN = UP.replace(".json", "_down.json")
 OTHER = "E=8,N=14336,device_name=NVIDIA_GeForce_RTX_4090.json"
-SMALL, LARGE = Tile(16, 64, 128, 1, 4, 3), Tile(64, 128, 128, 16, 8, 2)
 # The first bytes of SGLang 0.5.17's own configs/triton_3_6_0/E=128,N=704,device_name=NVIDIA_H200_down.json.
 SHIPPED = """{
     "1": {
@@ -156,7 +153,7 @@ def test_a_pair_that_cannot_be_right_is_refused(change):
 INSTALL = """
 import os, pathlib, sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
-from test_install import PAIR
+from tests.support.pairs import PAIR
 from fixer.artefacts.install import install_pair
 from fixer.base.errors import StoreError
 if os.geteuid() == 0:
@@ -359,4 +356,4 @@ def test_whatever_is_in_a_file_it_is_sane_or_set_aside(tmp_path_factory, content
 def test_a_name_with_a_folder_in_it_is_refused(tree):
     with pytest.raises(ValueError, match="no name"):
         read_pair(running(tree), "../" + UP, DOWN)
-    assert store.check_file_name(UP) == UP
+    assert files.check_file_name(UP) == UP

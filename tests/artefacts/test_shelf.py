@@ -17,10 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fixer.artefacts import shelf as store
+from fixer.artefacts import artefact as artefact_module
 from fixer.artefacts.artefact import Artefact, Decision, Environment, RowChoice
-from fixer.artefacts.shelf import artefact_path, find_artefact, save_artefact
-from fixer.base.data_folder import data_home
+from fixer.artefacts.shelf import Found, artefact_path, earlier_tiles, find_artefact, save_artefact
+from fixer.base import files
+from fixer.base.data_folder import data_home, wanted_home
 from fixer.base.errors import StoreError
 from fixer.base.files import safe_name, set_aside, write_atomically, write_together
 from fixer.base.locks import Lock
@@ -89,7 +90,7 @@ def test_home_defaults(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert data_home(None, {}) == tmp_path / ".local" / "share" / "moefix"
     assert data_home(None, {"XDG_DATA_HOME": "relative"}) == tmp_path / ".local" / "share" / "moefix"
-    assert store.wanted_home(None, {"MOEFIX_IMAGE": "1", "XDG_DATA_HOME": "/x"}) == Path("/data")
+    assert wanted_home(None, {"MOEFIX_IMAGE": "1", "XDG_DATA_HOME": "/x"}) == Path("/data")
     assert data_home(None, {"MOEFIX_HOME": "~/here"}) == tmp_path / "here"
 
 
@@ -152,7 +153,7 @@ def test_a_folder_in_the_way_changes_nothing(tmp_path):
 
 def test_leftovers_of_dead_writers_go_in_time(tmp_path):
     path = tmp_path / "file"
-    temporary = store._stage(path, b"half")
+    temporary = files._stage(path, b"half")
     write_atomically(path, b"whole")
     assert temporary.exists()  # it may be a living writer's
     os.utime(temporary, (time.time() - 7200,) * 2)
@@ -212,7 +213,7 @@ def test_an_artefact_comes_back_as_it_was(tmp_path):
     assert Artefact.from_json(ARTEFACT.to_json()) == ARTEFACT
     path = save_artefact(tmp_path, ARTEFACT)
     found = find_artefact(tmp_path, HERE, LAYER)
-    assert found == store.Found(ARTEFACT, None, ())
+    assert found == Found(ARTEFACT, None, ())
     assert path.relative_to(tmp_path).parts[:2] == ("artefacts", "NVIDIA_GeForce_RTX_4090")
     assert path.name.startswith("E=128,N=768,fp8_w8a8-")
 
@@ -252,7 +253,7 @@ def test_another_environments_artefact_is_not_used_and_the_part_is_named(tmp_pat
 
 def test_another_workload_is_nothing_to_report(tmp_path):
     save_artefact(tmp_path, ARTEFACT)
-    assert find_artefact(tmp_path, HERE, replace(LAYER, top_k=4)) == store.Found(None, None, ())
+    assert find_artefact(tmp_path, HERE, replace(LAYER, top_k=4)) == Found(None, None, ())
 
 
 def test_the_nearest_mismatch_is_the_one_reported(tmp_path):
@@ -293,7 +294,7 @@ GOOD = ARTEFACT.to_json().encode()
 def signed(body):
     """A text whose checksum is right, so that only the reading of each part stands between it and being believed."""
     body = {name: value for name, value in body.items() if name != "checksum"}
-    return json.dumps({**body, "checksum": store._checksum(body)}).encode()
+    return json.dumps({**body, "checksum": artefact_module._checksum(body)}).encode()
 
 
 @settings(max_examples=300, deadline=None)
@@ -363,7 +364,7 @@ def test_wrong_types_and_values_never_raise(tmp_path_factory, place, value):
         (b'{"schema": 2}', "schema"),
         (b'{"schema": true}', "schema"),
         (GOOD.replace(b"101376", b"101377"), "checksum"),
-        (GOOD + b" " * store.MOST_BYTES, "longer"),
+        (GOOD + b" " * files.MOST_BYTES, "longer"),
         (signed({**json.loads(GOOD), "extra": 1}), "unknown part 'extra'"),
         (signed({**json.loads(GOOD), "rows": json.loads(GOOD)["rows"][::-1]}), "ascending"),
         (signed({**json.loads(GOOD), "rows": json.loads(GOOD)["rows"][:1] * 2}), "ascending"),
@@ -528,13 +529,13 @@ def test_earlier_tiles_are_those_of_the_same_format_the_most_frequent_first(tmp_
     other_format = replace(ARTEFACT, workload=replace(LAYER, block_shape=None), environment=replace(HERE, card="other"))
     for artefact in (other_shape, other_format):
         save_artefact(tmp_path, artefact)
-    tiles = store.earlier_tiles(tmp_path, LAYER)
+    tiles = earlier_tiles(tmp_path, LAYER)
     assert tiles[0] == LARGE  # three rows of it against two of the small one
     assert set(tiles) == {LARGE, SMALL}  # and no tile that needs TMA
-    assert store.earlier_tiles(tmp_path, replace(LAYER, number_format=NumberFormat.NONE)) == ()
+    assert earlier_tiles(tmp_path, replace(LAYER, number_format=NumberFormat.NONE)) == ()
 
 
 def test_a_tuning_that_was_not_measured_is_no_seed(tmp_path):
     fitting = tuple(RowChoice(row.batch, row.gate_up, row.gate_up, Decision.FITTING_ONLY) for row in ROWS)
     save_artefact(tmp_path, replace(ARTEFACT, rows=fitting, measured=False))
-    assert store.earlier_tiles(tmp_path, LAYER) == ()
+    assert earlier_tiles(tmp_path, LAYER) == ()

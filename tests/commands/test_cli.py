@@ -19,6 +19,7 @@ import fixer.machine.cards
 from fixer.base.errors import HubError
 from fixer.cli import INTERRUPTED, MoefixGroup, main
 from fixer.machine.cards import find_card
+from fixer.machine.nvml import load
 from fixer.sglang.tree import Tree
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -155,7 +156,7 @@ def test_visible_cards_are_planned_by_kind(
     monkeypatch: pytest.MonkeyPatch, models: dict[str, Path], moefix_home: Path, trees: dict[str, Tree]
 ) -> None:
     cards = (find_card("H100"), find_card("H100"), find_card("RTX 4090"))
-    monkeypatch.setattr(fixer.machine.cards, "visible_cards", lambda: cards)
+    monkeypatch.setattr("fixer.machine.driver.visible_cards", lambda: cards)
     arguments = ["plan", "--lookup-only", "--json", "--home", str(moefix_home), "--model", str(models[BLOG_POST])]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
@@ -259,7 +260,7 @@ def test_a_hub_that_is_out_of_reach(run: Run) -> None:
     told(run("plan", "--gpu", "4090", "--model", "nobody/nothing-of-that-name"), HubError.exit_code)
 
 
-@pytest.mark.skipif(bool(fixer.machine.nvml.load("libcuda.so.1")), reason="there is a driver here")
+@pytest.mark.skipif(bool(load("libcuda.so.1")), reason="there is a driver here")
 def test_no_card(run: Run, models: dict[str, Path]) -> None:
     result = run("plan", "--model", str(models[BLOG_POST]))
     assert "no NVIDIA card" in told(result, 4)

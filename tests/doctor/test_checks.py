@@ -22,6 +22,7 @@ from fixer.base.errors import CardError
 from fixer.base.text import told
 from fixer.commands.doctor import lines_of
 from fixer.doctor import checks as doctor
+from fixer.doctor import compiling, folders, sglang
 from fixer.doctor.examine import Check, Finding, Patient, State, examine, worst
 from fixer.doctor.hub import told_address
 from fixer.machine.cards import Card
@@ -283,7 +284,7 @@ def test_a_compiler_that_does_not_work(monkeypatch, compiler):
 
 def test_no_compiler_and_no_headers(monkeypatch, tmp_path):
     assert of(doctor.look_at_compiler)[0].state is State.OK
-    monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(compiling.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     (finding,) = of(doctor.look_at_compiler)
     assert (finding.state, "Python.h is not in" in finding.text, "-dev" in finding.fix) == (State.FAILURE, True, True)
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -318,7 +319,7 @@ def test_an_unknown_release_a_read_only_tree_and_files_moved_aside(package, monk
     (package / "_version.py").unlink(missing_ok=True)
     (package / "version.py").write_text('__version__ = "0.5.20"\n')
     (package / FOLDER / "E=1.json.damaged-20260101T000000Z").write_text("x")
-    monkeypatch.setattr(doctor.os, "access", lambda path, mode: "sglang" not in str(path))
+    monkeypatch.setattr(folders.os, "access", lambda path, mode: "sglang" not in str(path))
     found = of(doctor.look_at_sglang, Patient(tmp_path, (), package))
     assert "not among the tested releases" in found[0].text
     assert found[0].state is State.WARNING
@@ -377,7 +378,7 @@ def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
     (finding,) = of(doctor.look_at_home, Patient(file / "home"))
     assert finding.state is State.FAILURE
     assert f"chown -R {os.geteuid()}" in finding.fix
-    monkeypatch.setattr(doctor, "_caches", lambda: (("hub cache", file / "a"), ("Triton's cache", tmp_path / "b")))
+    monkeypatch.setattr(folders, "_caches", lambda: (("hub cache", file / "a"), ("Triton's cache", tmp_path / "b")))
     hub, triton = of(doctor.look_at_caches)
     assert (hub.state, triton.state) == (State.FAILURE, State.OK)
     assert "HF_HOME" in hub.fix
@@ -386,7 +387,7 @@ def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("mib", "state"), [(64, State.WARNING), (16384, State.OK)])
 def test_shared_memory_of_processes(monkeypatch, mib, state):
     size = namedtuple("Size", "f_frsize f_blocks")(4096, mib * 256)
-    monkeypatch.setattr(doctor.os, "statvfs", lambda path: size)
+    monkeypatch.setattr(folders.os, "statvfs", lambda path: size)
     (finding,) = of(doctor.look_at_shm)
     assert (finding.state, finding.text.split()[0]) == (state, str(mib))
 
@@ -397,7 +398,7 @@ def test_shared_memory_of_processes(monkeypatch, mib, state):
 )
 def test_disk(monkeypatch, tmp_path, gib, states):
     usage = namedtuple("Usage", "total used free")(1 << 40, 0, int(gib * 2**30))
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: usage)
     assert [finding.state.value for finding in of(doctor.look_at_disk, Patient(tmp_path / "not" / "yet"))] == states
 
 
@@ -494,20 +495,20 @@ def test_the_build_checks_need_no_card(examine_machine):
 def test_another_sglang_or_triton_is_not_the_pinned_one(trees, monkeypatch):
     good = of(doctor.look_at_pin, Patient(Path("nowhere"), (), trees["0.5.17"].package))
     assert [finding.state for finding in good] == [State.OK, State.OK]
-    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "3.5.1")
+    monkeypatch.setattr(sglang.importlib.metadata, "version", lambda name: "3.5.1")
     patient = Patient(Path("nowhere"))
     patient.__dict__["tree"] = Tree(trees["0.4.9"].package, "0.4.9", "3.3.1")
     bad = of(doctor.look_at_pin, patient)
     assert [finding.state for finding in bad] == [State.WARNING, State.FAILURE]  # another release is a user's choice
     assert PINNED in bad[0].fix
     assert f"Triton {RELEASES['0.4.9'].triton}" in bad[1].fix  # that release's own, not the pinned one's
-    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: RELEASES["0.4.9"].triton)
+    monkeypatch.setattr(sglang.importlib.metadata, "version", lambda name: RELEASES["0.4.9"].triton)
     assert [finding.state for finding in of(doctor.look_at_pin, patient)] == [State.WARNING, State.OK]
 
 
 def test_a_kernel_that_does_not_compile_is_a_failure(trees, tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "BUILD_ARCHITECTURES", (80, 89))
-    monkeypatch.setattr(doctor, "FP8_SINCE", 80)  # Triton has no fp8e4nv for sm_80
+    monkeypatch.setattr(compiling, "BUILD_ARCHITECTURES", (80, 89))
+    monkeypatch.setattr(compiling, "FP8_SINCE", 80)  # Triton has no fp8e4nv for sm_80
     first, second = of(doctor.look_at_kernels, Patient(tmp_path, (), trees["0.5.17"].package))
     assert (first.state, second.state) == (State.FAILURE, State.OK)
     assert "sm_80, FP8" in first.text

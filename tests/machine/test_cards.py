@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fixer.base.errors import CardError, UsageError
-from fixer.machine import cards as gpu
+from fixer.machine import cards, driver
 from fixer.machine.cards import Card, find_card, kinds, known_cards, with_shared_memory_limit
 from fixer.machine.driver import visible_cards
+from fixer.machine.nvml import Occupancy
 from tests.support.fake_driver import build_driver
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,6 +23,7 @@ CHILD = """
 import dataclasses, json, sys, time
 from fixer.base.errors import CardError
 from fixer.machine.driver import visible_cards
+from fixer.machine.nvml import Occupancy
 began = time.monotonic()
 try:
     cards = [dataclasses.asdict(card) for card in visible_cards()]
@@ -101,12 +103,12 @@ def test_no_device_and_stub_library_are_no_card(driver_folder, code):
 
 
 def test_no_driver_is_no_card(monkeypatch):
-    monkeypatch.setattr(gpu, "_CUDA_LIBRARY", "libcuda-that-is-not-there.so.1")
+    monkeypatch.setattr(driver, "_CUDA_LIBRARY", "libcuda-that-is-not-there.so.1")
     assert visible_cards() == ()
 
 
 def test_a_library_that_is_no_driver_is_an_error(monkeypatch):
-    monkeypatch.setattr(gpu, "_CUDA_LIBRARY", "libc.so.6")
+    monkeypatch.setattr(driver, "_CUDA_LIBRARY", "libc.so.6")
     with pytest.raises(CardError, match="cuInit"):
         visible_cards()
 
@@ -200,7 +202,7 @@ def test_every_name_of_the_table_finds_its_own_card():
 
 def test_no_key_stands_for_two_names():
     owners: dict[str, str] = {}
-    for entry in gpu._table():
+    for entry in cards._table():
         for key in entry.keys:
             assert owners.setdefault(key, entry.card.name) == entry.card.name
 
@@ -331,4 +333,4 @@ def test_without_nvml_or_on_a_slice_nothing_is_known(driver_folder):
     for environ in ({"FAKE_NVML": "1", "CUDA_VISIBLE_DEVICES": "1"}, {"CUDA_VISIBLE_DEVICES": "2"}):
         (found,) = occupied(driver_folder, **environ)
         assert (found["free_mib"], found["busy"], found["holders"]) == (None, False, [])
-    assert gpu.occupancy(find_card("4090")) == gpu.Occupancy()
+    assert driver.occupancy(find_card("4090")) == Occupancy()

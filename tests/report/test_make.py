@@ -20,6 +20,7 @@ from rich.console import Console
 
 import fixer.report.make
 from fixer.artefacts.shelf import artefact_path, save_artefact
+from fixer.base.voice import Voice
 from fixer.cli import main
 from fixer.kernel.source import read_kernel_source
 from fixer.machine.cards import find_card, known_cards
@@ -30,7 +31,8 @@ from fixer.report.roofline import experts_in_use, layer_work, peak_of, share_of,
 from fixer.report.search_course import course_of
 from fixer.report.summary import Fate, Worth, microseconds, percent, summarise
 from fixer.report.terminal import print_report
-from fixer.serve import serve
+from fixer.serve import find_or_tune
+from fixer.serve.find_or_tune import verdict
 from fixer.sglang.own_choices import OwnChoice
 from fixer.sglang.tree import Tree
 from fixer.tuning.journal import RunKey, read_looks
@@ -101,7 +103,7 @@ def test_the_measured_tunings(name, headline):
     assert summary.headline == headline
     assert summary.model == name
     # The same number as the line that tuning prints.
-    assert headline.split(" less")[0] in serve.verdict(artefact, 1 / (1 - summary.less))
+    assert headline.split(" less")[0] in verdict(artefact, 1 / (1 - summary.less))
     assert sum(summary.count(fate) for fate in Fate) == len(artefact.rows) == 19
 
 
@@ -492,7 +494,7 @@ def test_a_report_that_fails_is_a_line_and_leaves_no_old_page(tmp_path, trees, m
     def fail(*_):
         raise RuntimeError("no\nfonts")
 
-    monkeypatch.setattr(fixer.report, "render", fail)
+    monkeypatch.setattr(fixer.report.make, "render", fail)
     line = report_after_tuning(tmp_path, artefact, trees["0.5.17"])
     assert line == "the report could not be written: RuntimeError: no fonts"
     assert list((tmp_path / "reports").iterdir()) == []
@@ -505,7 +507,7 @@ def test_a_folder_that_cannot_be_written_is_a_line(tmp_path, trees):
 
 
 def test_tuning_writes_it(tmp_path, trees, monkeypatch, capsys):
-    """The hook in `serve.tune_kind`, with a tuning that is at hand already."""
+    """The hook in `find_or_tune.tune_kind`, with a tuning that is at hand already."""
     artefact = samples.real()
     tuned = SimpleNamespace(notes=(), artefact=artefact, looks=(), timings=(), timeline={"search": 1.0})
     monkeypatch.setattr("fixer.tuning.session.tune", lambda *_: tuned)
@@ -517,7 +519,7 @@ def test_tuning_writes_it(tmp_path, trees, monkeypatch, capsys):
         model=SimpleNamespace(name="m", revision=None),
         rows=lambda kind: (1,),
     )
-    serve.tune_kind(situation, 0, serve.Wish((1,)), tmp_path, serve.Voice())
+    find_or_tune.tune_kind(situation, 0, find_or_tune.Wish((1,)), tmp_path, Voice())
     told = capsys.readouterr().err
     (page,) = (tmp_path / "reports").iterdir()
     assert f"moefix: report: {page}" in told

@@ -27,35 +27,15 @@ from fixer.sglang.tuning_files import render_table
 from fixer.tuning.journal import _COLUMNS
 from fixer.workload import Tile
 from tests.support import fakes
-from tests.support.serving import FOLDER, H100, LARGE, SMALL, Machine, compiled, driver, installed, no_write_as_root  # noqa: F401
-from tests.support.tuning_machine import TuningMachine
+from tests.support.serving import FOLDER, H100, LARGE, SMALL, installed
+from tests.support.tuning_machine import ROOT, TESTS, TOKEN, TuningMachine, machine, model_folders, undisturbed  # noqa: F401
 
-ROOT = Path(__file__).resolve().parents[2]
-TESTS = ROOT / "tests"
-TOKEN = "hf_this_is_a_secret_0123456789"
 UP = "E=8,N=64,device_name=NVIDIA_H100_80GB_HBM3.json"
 DOWN = "E=8,N=64,device_name=NVIDIA_H100_80GB_HBM3_down.json"
 TOO_LARGE = Tile(128, 256, 128, 8, 8, 4)
 """In bf16 it needs 294912 bytes of shared memory, more than any card has."""
 LARGE_TOO = Tile(128, 64, 64, 8, 4, 2)
 """Of the same BLOCK_SIZE_M, and fits."""
-
-
-@pytest.fixture
-def machine(tmp_path, trees, driver, models, compiled):  # noqa: F811
-    return TuningMachine(tmp_path, trees["0.5.17"].package, driver, models, compiled)
-
-
-def model_folders(factory):
-    from tests.support.lookup_cases import CASES
-
-    root, folders = factory.mktemp("models"), {}
-    for case in CASES:
-        if case["id"] in ("q3_30b_bf16_tp1_h100", "qwen3_8b_bf16_4090"):
-            folders[case["id"]] = root / case["id"]
-            folders[case["id"]].mkdir()
-            (folders[case["id"]] / "config.json").write_text(json.dumps(case["config"]))
-    return folders
 
 
 def contents(folder: Path) -> set[bytes]:
@@ -250,7 +230,7 @@ def test_a_read_only_volume_keeps_nothing_and_serves_tuned(machine, undisturbed)
         assert (strict.code, strict.record) == (9, None)
 
 
-def test_a_read_only_volume_and_a_read_only_tree(machine, no_write_as_root):  # noqa: F811
+def test_a_read_only_volume_and_a_read_only_tree(machine, no_write_as_root):
     clear(machine.home)
     closed = [machine.package, *(path for path in machine.package.rglob("*") if path.is_dir())]
     tree = machine.files()
@@ -516,7 +496,7 @@ def test_a_bad_file_of_another_triton_is_hidden_or_moved(machine):
 
 
 @pytest.mark.parametrize("how", ["cut", "overflows"])
-def test_a_bad_file_in_a_read_only_tree_is_hidden_by_an_overlay(machine, how, no_write_as_root):  # noqa: F811
+def test_a_bad_file_in_a_read_only_tree_is_hidden_by_an_overlay(machine, how, no_write_as_root):
     folder = machine.package / FOLDER
     folder.mkdir(exist_ok=True)
     (folder / UP).write_bytes(BAD_TABLES[how])
@@ -791,7 +771,7 @@ def test_an_unforeseen_error_where_sglangs_own_does_not_fit(machine):
     assert (machine.package / FOLDER / UP).is_file()
 
 
-def test_a_release_with_one_joint_file_gets_one_that_fits(tmp_path, trees, driver, models, compiled):  # noqa: F811
+def test_a_release_with_one_joint_file_gets_one_that_fits(tmp_path, trees, driver, models, compiled):
     machine = TuningMachine(tmp_path, trees["0.4.9"].package, driver, models, compiled)
     folder = machine.package / "srt/layers/moe/fused_moe_triton/configs/triton_3_6_0"
     fits = machine.run()
@@ -829,7 +809,7 @@ def test_no_capability_is_needed(machine, undisturbed):
     without = [sys.executable, "-c", NO_CAPABILITY]
     seen = subprocess.run([*without, "-c", look], capture_output=True, text=True, check=True)
     assert int(seen.stdout, 16) == 0
-    command = [*without, str(TESTS / "fake_entry.py"), *machine.flags]
+    command = [*without, str(TESTS / "support" / "fake_entry.py"), *machine.flags]
     done = subprocess.run(command, env=machine.env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 41, done.stderr
     assert machine.kept() == undisturbed

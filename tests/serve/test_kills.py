@@ -27,11 +27,9 @@ from fixer.tuning.journal import Journal, RunKey
 from fixer.tuning.search.runner import Look
 from fixer.tuning.search.trials import Build, Outcome, Timing
 from fixer.workload import Kernel, Projection, Tile
-from tests.serve.test_faults import machine  # noqa: F401
 from tests.support import fakes
 from tests.support.fuzz_samples import ARTEFACT, HERE, LAYER
-from tests.support.serving import compiled, driver  # noqa: F401
-from tests.support.tuning_machine import TuningMachine, undisturbed  # noqa: F401
+from tests.support.tuning_machine import TuningMachine, machine, undisturbed  # noqa: F401
 
 WRITING_ROUNDS, RACING_ROUNDS, TUNING_ROUNDS = 120, 50, 40
 
@@ -188,7 +186,7 @@ def test_racers_for_a_lock_killed_at_any_moment(tmp_path):
         pass
 
 
-def test_tunings_killed_at_any_moment(machine, undisturbed, capsys):  # noqa: F811
+def test_tunings_killed_at_any_moment(machine, undisturbed, capsys):
     chance, ends = random.Random(2026), []
     machine.env |= {fakes.PAUSE: "0.004"}
     for turn in range(TUNING_ROUNDS):

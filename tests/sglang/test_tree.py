@@ -9,7 +9,7 @@ import pytest
 
 from fixer.base.errors import SGLangError
 from fixer.machine.cards import Card
-from fixer.sglang import tree as sglang_tree
+from fixer.sglang import find_tree as find_tree_module
 from fixer.sglang.find_tree import fetched_tree, find_tree, tree_at
 from fixer.sglang.own_choices import own_choices
 from fixer.sglang.releases import PINNED, RELEASES
@@ -36,12 +36,12 @@ def _no_override(monkeypatch):
 def own_tree(trees, tmp_path):
     """A copy of the pinned release's look-up, with tuning files of the test's own and none of SGLang's."""
     package = tmp_path / "sglang"
-    for relative in sglang_tree.LOOKUP_SOURCES:
+    for relative in find_tree_module.LOOKUP_SOURCES:
         source = trees["0.5.17"].package / relative
         if source.is_file():
             (package / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, package / relative)
-    (package / sglang_tree.CONFIG_FOLDERS[0]).mkdir()
+    (package / find_tree_module.CONFIG_FOLDERS[0]).mkdir()
     return Tree(package, "0.5.17", "3.6.0")
 
 
@@ -161,7 +161,7 @@ def test_the_running_tritons_folder_comes_first_then_the_newest_other_even_a_new
 def test_what_moefix_installed_under_another_triton_is_not_sglangs_own(own_tree):
     name = own_tree.file_name(QWEN, ADA, UP)
     ours = put(own_tree.configs, "3_5_1", name, {1: ROW})
-    before = ours.with_name(name + sglang_tree.BEFORE_MOEFIX)
+    before = ours.with_name(name + find_tree_module.BEFORE_MOEFIX)
     before.touch()
     assert own_tree.lookup(QWEN, ADA).gate_up_path == ours
     assert own_tree.lookup(QWEN, ADA, without_moefix=True).gate_up_path is None
@@ -356,9 +356,9 @@ def test_a_wrong_folder_is_named(tmp_path):
 
 def test_a_package_that_does_not_say_its_version(tmp_path, monkeypatch):
     def absent(name):
-        raise sglang_tree.importlib.metadata.PackageNotFoundError(name)
+        raise find_tree_module.importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(sglang_tree.importlib.metadata, "version", absent)
+    monkeypatch.setattr(find_tree_module.importlib.metadata, "version", absent)
     (tmp_path / "srt").mkdir()
     with pytest.raises(SGLangError, match="does not say which version it is"):
         tree_at(tmp_path)
@@ -383,7 +383,7 @@ def test_an_unknown_release_is_refused_with_the_known_ones(tmp_path):
 
 
 def test_nothing_installed_and_nothing_to_be_fetched(tmp_path, monkeypatch):
-    monkeypatch.setattr(sglang_tree, "installed_tree", lambda: None)
+    monkeypatch.setattr(find_tree_module, "installed_tree", lambda: None)
     with pytest.raises(SGLangError, match="not installed"):
         find_tree(None, None, tmp_path, fetch=False)
 
@@ -395,7 +395,7 @@ def test_an_installed_package_is_found_without_importing_it(tmp_path, monkeypatc
     tree = find_tree(None, None, tmp_path / "cache", fetch=False)
     assert (tree.package, tree.version) == (package.resolve(), "0.5.20")
     assert find_tree(None, "0.5.20", tmp_path / "cache", fetch=False) == tree
-    assert tree.triton == sglang_tree.importlib.metadata.version("triton")
+    assert tree.triton == find_tree_module.importlib.metadata.version("triton")
 
 
 # --- fetching
@@ -405,10 +405,10 @@ def test_a_fetched_tree_comes_from_the_cache_the_second_time(trees, monkeypatch)
     def no_pip(*args):
         raise AssertionError("pip was asked again")
 
-    monkeypatch.setattr(sglang_tree, "_fetch", no_pip)
+    monkeypatch.setattr(find_tree_module, "_fetch", no_pip)
     for version, tree in trees.items():
         assert fetched_tree(version, tree.package.parents[2]) == tree
-    monkeypatch.setattr(sglang_tree, "installed_tree", lambda: None)
+    monkeypatch.setattr(find_tree_module, "installed_tree", lambda: None)
     assert find_tree(None, None, trees[PINNED].package.parents[2]).version == PINNED
 
 
@@ -435,7 +435,7 @@ def test_two_processes_that_fetch_at_once_leave_one_tree(trees, tmp_path, monkey
     """The slower one finds the faster one's tree in its way, and uses it."""
     release = RELEASES["0.5.17"]
     wheel = tmp_path / "sglang.whl"
-    with sglang_tree.zipfile.ZipFile(wheel, "w") as archive:
+    with find_tree_module.zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("sglang/version.py", '__version__ = "0.5.17"\n')
         archive.writestr("sglang/huge_and_unwanted.py", "")
     home = tmp_path / "sglang" / f"0.5.17-{release.wheel_sha256[:12]}"
@@ -445,7 +445,7 @@ def test_two_processes_that_fetch_at_once_leave_one_tree(trees, tmp_path, monkey
         (home / "complete").write_text("the faster one's\n")
         return wheel
 
-    monkeypatch.setattr(sglang_tree, "_download", download)
+    monkeypatch.setattr(find_tree_module, "_download", download)
     assert fetched_tree("0.5.17", tmp_path).package == home / "sglang"
     assert (home / "complete").read_text() == "the faster one's\n"
     assert list((tmp_path / "sglang").iterdir()) == [home]

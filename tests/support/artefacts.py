@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from fixer.artefacts.artefact import Artefact, Decision, RowChoice
 from fixer.artefacts.environment import environment_of
-from fixer.artefacts.install import Pair
 from fixer.machine.cards import Card
 from fixer.model.config import load_model
 from fixer.model.rules.decide import decide
@@ -15,7 +14,6 @@ from fixer.model.rules.ladder import ladder
 from fixer.sglang.flags import parse_flags
 from fixer.sglang.tree import Tree
 from fixer.workload import Tile
-from tests.artefacts.test_install import DOWN, LARGE, SMALL, UP
 
 RTX_4090 = Card("NVIDIA GeForce RTX 4090", (8, 9), 101376, 24564, 0, "580.159.03")
 H100 = Card("NVIDIA H100 80GB HBM3", (9, 0), 232448, 81559, 0, "580.159.03")
@@ -53,6 +51,3 @@ def artefact_of(tree: Tree, argv: Sequence[str], card: Card, *, measured: bool =
         seconds=30.0 if measured else 0.0,
         measured=measured,
     )
-
-
-PAIR = Pair(UP, DOWN, {64: LARGE, 1: SMALL}, {1: replace(SMALL, block_n=128), 64: replace(LARGE, use_tma=True)})

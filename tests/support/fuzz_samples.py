@@ -1,4 +1,4 @@
-"""tests/support/fuzz_samples.py"""
+"""An artefact, its environment and its layer, to be damaged in a thousand ways."""
 
 from __future__ import annotations
 

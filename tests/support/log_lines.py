@@ -1,4 +1,4 @@
-"""tests/support/log_lines.py"""
+"""Lines as SGLang's log has them, and what a server with tuned files is expected to say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tests/support/serving.py"""
+"""A machine to serve on: a venv-like site with SGLang's tree, a stand-in driver and a stand-in launcher."""
 
 from __future__ import annotations
 

@@ -1,17 +1,23 @@
-"""tests/support/tuning_machine.py"""
+"""A machine whose card can be measured, with stand-ins for card and driver, and with real processes."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from fixer.artefacts.artefact import Artefact
-from tests.serve.test_faults import ROOT, TESTS, TOKEN, model_folders
 from tests.support import fakes
+from tests.support.lookup_cases import CASES
 from tests.support.serving import Machine
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = ROOT / "tests"
+TOKEN = "hf_this_is_a_secret_0123456789"
 
 
 class TuningMachine(Machine):
@@ -26,7 +32,7 @@ class TuningMachine(Machine):
     def start(self, *arguments, **options):
         if options.pop("real", False):
             return super().start(*arguments, **options)
-        command = [sys.executable, str(TESTS / "fake_entry.py"), *(arguments or self.flags)]
+        command = [sys.executable, str(TESTS / "support" / "fake_entry.py"), *(arguments or self.flags)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         environ = self.env | options.pop("env", {})
         return subprocess.Popen(command, env=environ, cwd=self.site.parent, **pipes, **options)
@@ -51,8 +57,23 @@ class TuningMachine(Machine):
         return len(fakes.logged(self.log, "time"))
 
 
+@pytest.fixture
+def machine(tmp_path, trees, driver, models, compiled):
+    return TuningMachine(tmp_path, trees["0.5.17"].package, driver, models, compiled)
+
+
+def model_folders(factory):
+    root, folders = factory.mktemp("models"), {}
+    for case in CASES:
+        if case["id"] in ("q3_30b_bf16_tp1_h100", "qwen3_8b_bf16_4090"):
+            folders[case["id"]] = root / case["id"]
+            folders[case["id"]].mkdir()
+            (folders[case["id"]] / "config.json").write_text(json.dumps(case["config"]))
+    return folders
+
+
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, trees, driver, compiled):  # noqa: F811
+def undisturbed(tmp_path_factory, trees, driver, compiled):
     """What a tuning chooses that nothing disturbs."""
     folder = tmp_path_factory.mktemp("quiet")
     machine = TuningMachine(folder, trees["0.5.17"].package, driver, model_folders(tmp_path_factory), compiled)

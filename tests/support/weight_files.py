@@ -1,4 +1,4 @@
-"""tests/support/weight_files.py"""
+"""The files of a model on the local hub: shards to fetch, and copies to leave."""
 
 from __future__ import annotations
 

@@ -129,8 +129,8 @@ def test_what_does_not_count_changes_nothing(filled, open_journal):
 
 
 def test_the_key_is_the_same_in_every_process():
-    code = "import test_journal as t; print(t.KEY.digest)"
-    environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PYTHONHASHSEED": "77"}
+    code = "from tests.tuning import test_journal as t; print(t.KEY.digest)"
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "77"}
     child = subprocess.run([sys.executable, "-c", code], env=environ, stdout=subprocess.PIPE, text=True, check=True)
     assert child.stdout.strip() == KEY.digest
 
@@ -229,7 +229,7 @@ def test_a_folder_in_its_place_is_a_clear_error(path):
 READ_ONLY = """
 import os, sys
 from pathlib import Path
-import test_journal as t
+from tests.tuning import test_journal as t
 from fixer.base.errors import StoreError
 if os.geteuid() == 0:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
@@ -252,7 +252,7 @@ def test_a_read_only_folder_is_a_clear_error(exists):
             Journal(folder / "journal.sqlite", KEY).close()
         for closed in (folder, folder.parent):
             closed.chmod(0o555)
-        environ = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+        environ = {**os.environ, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-c", READ_ONLY, str(folder / "journal.sqlite")]
         child = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
         for opened in (folder.parent, folder):

@@ -1,7 +1,8 @@
 """Asks SGLang itself which MoE file it will look for: starts it with dummy weights and few layers, reads its log.
 
 For models that the rules call uncertain, and on --moefix-ask. The user's flags stay as they are but for what makes the
-start quick and harmless; none of that decides the kernel. The answer is kept (`fixer.serve.asked`), so it is asked for once.
+start quick and harmless; none of that decides the kernel. The answer is kept (`fixer.serve.asked`), so it is asked for
+once.
 """
 
 from __future__ import annotations

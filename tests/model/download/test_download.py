@@ -26,7 +26,7 @@ from fixer.sglang.flags import ServerFlags, parse_flags
 from tests.support import fakes
 from tests.support import hub as hub_
 from tests.support.hub import COMMIT, Site
-from tests.support.serving import Machine, Result, compiled, driver, installed  # noqa: F401 (fixtures)
+from tests.support.serving import Machine, Result, installed
 from tests.support.weight_files import FILES, MIB, SHARDS, TOKEN, TOTAL, WANTED
 
 NAME = ("--model", "owner/name")
@@ -275,7 +275,7 @@ def test_a_fault_before_anything_was_heard() -> None:
 
 
 @pytest.fixture
-def machine(tmp_path, trees, driver, models, compiled, site, endpoint):  # noqa: F811 (fixtures)
+def machine(tmp_path, trees, driver, models, compiled, site, endpoint):
     machine = Machine(tmp_path, trees["0.5.17"].package, driver, models, compiled)
     site.files["config.json"] = (machine.model / "config.json").read_bytes()
     machine.env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": TOKEN}

@@ -11,20 +11,22 @@ from dataclasses import replace
 import pytest
 
 from fixer.artefacts.shelf import save_artefact
-from fixer.base import status_board as status
 from fixer.base.errors import SGLangError, TuneError
+from fixer.base.locks import is_held
 from fixer.base.progress import Silent
-from fixer.base.status import Phase, Status
+from fixer.base.status import Phase, Status, lock_path, state_path
+from fixer.base.status_reading import health, states
 from fixer.model.config import load_model
 from fixer.model.rules.decide import decide
 from fixer.serve import asked as asking
+from fixer.serve.asked_question import question_of
 from fixer.serve.log.expect import server_url
 from fixer.sglang.find_tree import tree_at
 from fixer.sglang.flags import parse_flags
 from fixer.tuning.turn import turn
 from fixer.workload import NumberFormat
 from tests.support import fakes
-from tests.support.serving import FOLDER, H100, Machine, compiled, driver, installed  # noqa: F401 (fixtures)
+from tests.support.serving import FOLDER, H100, Machine, installed
 
 SERVER = """
 import json, os, subprocess, sys, time
@@ -57,7 +59,7 @@ READY = "The server is fired up and ready to roll!"
 
 
 @pytest.fixture
-def machine(tmp_path, trees, driver, models, compiled):  # noqa: F811
+def machine(tmp_path, trees, driver, models, compiled):
     machine = Machine(tmp_path, trees["0.5.17"].package, driver, models, compiled)
     config = json.loads((machine.model / "config.json").read_text())
     (machine.model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 48}))
@@ -98,9 +100,9 @@ def test_both_files_picked_up(machine):
         f"moefix: SGLang picked up both files: {artefact.gate_up_file} and {artefact.down_file}"
     ]
     assert not (machine.home / "asked").exists()
-    (state,) = status.states(machine.home)
-    assert fakes.eventually(lambda: status.states(machine.home)[0].phase is Phase.ENDED)
-    (state,) = status.states(machine.home)
+    (state,) = states(machine.home)
+    assert fakes.eventually(lambda: states(machine.home)[0].phase is Phase.ENDED)
+    (state,) = states(machine.home)
     assert state.pid == result.pid
     assert state.files == (artefact.gate_up_file, artefact.down_file)
     assert "picked up both" in state.verdict
@@ -161,7 +163,7 @@ def test_a_damaged_record_is_set_aside(machine):
     tree = tree_at(machine.package)
     model = load_model("", flags)
     situation = asking_situation(model, flags, tree)
-    path = asking.record_path(machine.home, asking.question_of(situation, 0))
+    path = asking.record_path(machine.home, question_of(situation, 0))
     path.parent.mkdir()
     path.write_text('{"schema": 1, "gate_up"')
     result = machine.run(env=lines_env(artefact.gate_up_file, artefact.down_file))
@@ -189,7 +191,7 @@ def test_never_looked_up(machine):
     assert "SGLang never looked for a MoE file" in verdict_lines(result)[-1]
 
 
-def test_one_joint_file_is_moefixs_too(tmp_path, trees, driver, models, compiled):  # noqa: F811 (fixtures)
+def test_one_joint_file_is_moefixs_too(tmp_path, trees, driver, models, compiled):
     machine = Machine(tmp_path, trees["0.4.9"].package, driver, models, compiled)
     (machine.package / "launch_server.py").write_text(SERVER)
     folder = "srt/layers/moe/fused_moe_triton/configs/triton_3_6_0"
@@ -199,7 +201,7 @@ def test_one_joint_file_is_moefixs_too(tmp_path, trees, driver, models, compiled
     assert result.served, result.err
     assert "without a file of moefix" not in result.err
     assert f"picked up the file: {name}" in verdict_lines(result)[-1]
-    (state,) = status.states(machine.home)
+    (state,) = states(machine.home)
     assert state.files == (name,)
 
 
@@ -272,7 +274,7 @@ def test_a_signal_while_asking_ends_all_of_it(machine, number):
         (machine.record.parent / "record.asked").unlink(missing_ok=True)
         process = machine.start(*machine.flags, "--moefix-ask")
         asked_process(machine)
-        (state,) = [each for each in status.states(machine.home) if each.pid == process.pid]
+        (state,) = [each for each in states(machine.home) if each.pid == process.pid]
         assert (state.phase, state.detail) == (Phase.ASKING, "SGLang, which file it looks for")
         began = time.monotonic()
         process.send_signal(number)
@@ -281,7 +283,7 @@ def test_a_signal_while_asking_ends_all_of_it(machine, number):
         assert process.returncode == 128 + number, err
         assert "Traceback" not in err
         assert fakes.eventually(lambda: fakes.processes_with("RECORD", str(machine.record)) == set(), 5)
-        assert status.states(machine.home)[0].phase is Phase.ENDED
+        assert states(machine.home)[0].phase is Phase.ENDED
     assert min(took) < 1.5  # docker stop's ten seconds are shared; a busy machine adds what it likes to one of them
     assert max(took) < 10
 
@@ -331,25 +333,25 @@ def test_no_secret_reaches_the_asked_server_nor_its_log(machine):
 
 def test_asking_waits_for_a_turn_and_takes_the_answer_of_another(machine):
     artefact = machine.artefact()
-    path = asking.record_path(machine.home, asking.question_of(machine_situation(machine), 0))
+    path = asking.record_path(machine.home, question_of(machine_situation(machine), 0))
     (machine.home / "asked").mkdir()
     with turn(machine.home, H100, Silent()):
         process = machine.start(*machine.flags, "--moefix-ask", env=lines_env(artefact.gate_up_file))
 
         def phase():
-            return next((each.phase for each in status.states(machine.home) if each.pid == process.pid), None)
+            return next((each.phase for each in states(machine.home) if each.pid == process.pid), None)
 
         assert fakes.eventually(lambda: phase() is Phase.WAITING, 60)
         time.sleep(0.5)
         assert not (machine.record.parent / "record.asked").exists()
-        question = asking.question_of(machine_situation(machine), 0)
+        question = question_of(machine_situation(machine), 0)
         kept = asking.Asked(question, artefact.gate_up_file, artefact.down_file, "asking", "2026-11-24T00:00:00Z")
         path.write_text(kept.to_json())
     _, err = process.communicate(timeout=60)
     assert process.returncode == 41, err
     assert "SGLang looked for " + artefact.gate_up_file + " when asked, as worked out" in err
     assert not (machine.record.parent / "record.asked").exists()
-    assert status.states(machine.home)[0].detail != "waiting"
+    assert states(machine.home)[0].detail != "waiting"
 
 
 def machine_situation(machine):
@@ -387,7 +389,7 @@ def test_an_uncertain_model_is_asked_about_without_being_told(machine, models):
 
 def test_a_failed_start_is_on_the_board(machine):
     result = machine.run(env={"CUDA_VISIBLE_DEVICES": ""})
-    (state,) = status.states(machine.home)
+    (state,) = states(machine.home)
     assert (result.code, state.phase) == (4, Phase.FAILED)
     assert "No NVIDIA card is visible" in state.detail
 
@@ -396,13 +398,13 @@ def test_the_board_while_it_tunes_and_serves(machine):
     process = machine.start(env={"FAKE_TORCH": "slow"})
 
     def state() -> Status | None:
-        return next((each for each in status.states(machine.home) if each.pid == process.pid), None)
+        return next((each for each in states(machine.home) if each.pid == process.pid), None)
 
     def phase() -> Phase | None:
         return state().phase if state() else None
 
     assert fakes.eventually(lambda: phase() is Phase.TUNING, 60)
-    healthy, text = status.health(machine.home)
+    healthy, text = health(machine.home)
     assert not healthy
     assert text.startswith("tuning: ")
     process.terminate()
@@ -411,22 +413,22 @@ def test_the_board_while_it_tunes_and_serves(machine):
     process = machine.start(env=lines_env(READY) | {"SERVE_SECONDS": "60"})
     assert fakes.eventually(lambda: phase() is Phase.SERVING, 60)
     assert fakes.eventually(lambda: state().detail == "SGLang is ready", 20)
-    healthy, text = status.health(machine.home)
+    healthy, text = health(machine.home)
     assert not healthy  # the stand-in answers nothing
     assert "does not answer" in text
-    lock = status.lock_path(status.state_path(machine.home, state().host, process.pid))
-    assert status.is_held(lock)  # by the server
+    lock = lock_path(state_path(machine.home, state().host, process.pid))
+    assert is_held(lock)  # by the server
     process.kill()
     process.communicate(timeout=60)
     assert fakes.eventually(lambda: phase() is Phase.ENDED and state().detail == "", 20)
-    assert status.is_held(lock) is False
+    assert is_held(lock) is False
 
 
 def test_the_board_of_a_tuning_without_a_server(machine):
     process = machine.start("tune", *machine.flags, env={"FAKE_TORCH": "slow"})
 
     def state() -> Status | None:
-        return next((each for each in status.states(machine.home) if each.pid == process.pid), None)
+        return next((each for each in states(machine.home) if each.pid == process.pid), None)
 
     assert fakes.eventually(lambda: state() is not None and state().phase is Phase.TUNING, 60)
     assert state().model == str(machine.model)

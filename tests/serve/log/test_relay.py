@@ -426,7 +426,10 @@ def test_on_a_terminal():
 
 
 def test_closed_outputs_mean_no_relay():
-    program = "from fixer.serve.log.relay import *\nimport os\nprint(start_relay(Settings()), file=open(os.environ['R'], 'w'))"
+    program = (
+        "from fixer.serve.log.settings import Settings\nfrom fixer.serve.log.start_relay import start_relay\n"
+        "import os\nprint(start_relay(Settings()), file=open(os.environ['R'], 'w'))"
+    )
     for closing in ("2>&-", ">&-", ">&- 2>&-"):
         result = Path(f"/tmp/moefix-relay-{uuid.uuid4().hex}")
         command = ["sh", "-c", f'exec "{sys.executable}" -c "$1" {closing}', "sh", program]
