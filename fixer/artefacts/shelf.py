@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Container
 from dataclasses import asdict, dataclass, field, replace
@@ -18,22 +17,7 @@ from pathlib import Path
 from fixer.artefacts.artefact import Artefact, Environment
 from fixer.base.files import Damaged, read_or_set_aside, safe_name, write_atomically
 from fixer.base.json_reading import plain_json
-from fixer.base.locks import _close_in_child
 from fixer.workload import Tile, Workload
-
-# --- where -----------------------------------------------------------------------------------------------------------
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-
-# --- reading what may be damaged -------------------------------------------------------------------------------------
-
-
-# --- what is kept ----------------------------------------------------------------------------------------------------
-
-
-# --- artefacts in the data folder ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -155,6 +139,3 @@ def _load(path: Path) -> tuple[Artefact | None, Damaged | None]:
 
 
 # --- one at a time ---------------------------------------------------------------------------------------------------
-
-
-os.register_at_fork(after_in_child=_close_in_child)

@@ -25,6 +25,9 @@ def _close_in_child() -> None:
     _held.clear()
 
 
+os.register_at_fork(after_in_child=_close_in_child)
+
+
 class Lock:
     """A lock between processes and containers that share a volume, for use in a `with` statement.
 

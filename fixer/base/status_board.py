@@ -157,6 +157,3 @@ def resume_board(path: Path) -> Board | None:
     except (OSError, ValueError):
         return None
     return Board(status, path)
-
-
-# --- reading them ----------------------------------------------------------------------------------------------------

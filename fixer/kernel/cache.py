@@ -242,8 +242,8 @@ def _plain(value: object) -> str:
 @lru_cache(maxsize=1)
 def _arguments_hash() -> str:
     """Of the code that works out a launch's arguments: another moefix may compile with others."""
-    package = resources.files("fixer")
-    text = b"".join(package.joinpath(name).read_bytes() for name in ("kernel.py", "kernel_arguments.py"))
+    package = resources.files("fixer.kernel")
+    text = b"".join(package.joinpath(name).read_bytes() for name in ("compile.py", "source.py", "arguments.py"))
     return hashlib.sha256(text).hexdigest()[:16]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fixer.base.errors import CardError
 from fixer.machine.cards import Card
-from fixer.machine.nvml import Nvml, Occupancy, load
+from fixer.machine.nvml import Nvml, Occupancy
 
 _CUDA_LIBRARY = "libcuda.so.1"
 
@@ -78,6 +78,14 @@ class _CudaDriver:
         total = ctypes.c_size_t()
         self.call("cuDeviceTotalMem_v2", ctypes.byref(total), device)
         return total.value
+
+
+def load(name: str) -> ctypes.CDLL | None:
+    """A shared library of the driver; None where this machine has none."""
+    try:
+        return ctypes.CDLL(name)
+    except OSError:
+        return None
 
 
 def _kernel_module_version() -> str:

@@ -231,9 +231,6 @@ def _modelscope_file(name: str, filename: str, flags: ServerFlags) -> Path:
     return Path(model_file_download(name, filename, revision=flags.revision, cache_dir=flags.download_dir))
 
 
-# --- the hub ----------------------------------------------------------------------------------------------------
-
-
 # --- the catalogue ----------------------------------------------------------------------------------------------
 
 

@@ -29,9 +29,6 @@ DETERMINISTIC_TILE = Tile(64, 64, 32, 8)
 """What `--enable-deterministic-inference` runs for every M (fused_moe_triton_config.py:72 of 0.5.17)."""
 
 
-# --- JSON ------------------------------------------------------------------------------------------------------------
-
-
 # --- making it -------------------------------------------------------------------------------------------------------
 
 
@@ -209,6 +206,3 @@ def _notes(decision: Decision, tree: Tree, rows: tuple[PlanRow, ...], compiled_w
         f"nothing fits for M = {', '.join(map(str, bare))}": bare and decision.outcome is not Outcome.NO_LOOKUP,
     }
     return (*(text for text, holds in notes.items() if holds), *faults)
-
-
-# --- writing the proposed pair ---------------------------------------------------------------------------------------

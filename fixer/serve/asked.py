@@ -125,6 +125,3 @@ def find(home: Path, question: Question) -> tuple[Asked | None, Damaged | None]:
     """The kept record of a question; a damaged one is set aside and reported."""
     asked, damaged = read_or_set_aside(record_path(home, question), Asked.from_json)
     return (asked if asked is not None and asked.question == question else None), damaged
-
-
-# --- from a name to what is tuned ------------------------------------------------------------------------------------

@@ -152,7 +152,7 @@ def test_a_pair_that_cannot_be_right_is_refused(change):
 
 INSTALL = """
 import os, pathlib, sys
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+sys.path[:0] = [sys.argv[1]]
 from tests.support.pairs import PAIR
 from fixer.artefacts.install import install_pair
 from fixer.base.errors import StoreError
@@ -243,8 +243,9 @@ def state(path):
 
 
 def test_kill_9_while_installing_leaves_whole_files(tree):
-    code = "import sys, pathlib, itertools\nsys.path[:0] = [sys.argv[1], sys.argv[1] + '/tests']\n"
-    code += "from test_install import *\n"
+    code = "import sys, pathlib, itertools\nsys.path[:0] = [sys.argv[1]]\n"
+    code += "from fixer.artefacts.install import Pair, install_pair\nfrom fixer.workload import Tile\n"
+    code += "from tests.support.pairs import DOWN, UP\n"
     code += "folder = pathlib.Path(sys.argv[2])\nprint('ready', flush=True)\n"
     code += "for turn in itertools.count(int(sys.argv[3])):\n"
     code += " tile = Tile(16, 64, 128, 1 + turn % 64)\n"

@@ -106,7 +106,7 @@ def test_a_home_that_cannot_be_is_one_clear_error(tmp_path, name):
 def test_a_read_only_home_is_one_clear_error(open_folder):
     open_folder.chmod(0o555)
     code = (
-        "import sys, pathlib\nfrom fixer.artefacts.shelf import *\nfrom fixer.base.errors import StoreError\n"
+        "import sys, pathlib\nfrom fixer.base.data_folder import data_home\nfrom fixer.base.errors import StoreError\n"
         + BECOME_NOBODY
     )
     code += "for name in ('', 'inside'):\n  try: data_home(pathlib.Path(sys.argv[1], name)); print('made')\n"
@@ -165,7 +165,9 @@ def test_leftovers_of_dead_writers_go_in_time(tmp_path):
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs a mount of its own")
 @pytest.mark.parametrize("readonly", [False, True])
 def test_full_disk_and_read_only_volume_keep_the_old(tmp_path, readonly):
-    code = "import sys, pathlib\nfrom fixer.artefacts.shelf import *\nfrom fixer.base.errors import StoreError\n"
+    code = (
+        "import sys, pathlib\nfrom fixer.base.files import write_together\nfrom fixer.base.errors import StoreError\n"
+    )
     code += "folder = pathlib.Path(sys.argv[1])\n"
     code += "try: write_together(((folder / 'a', b'new'), (folder / 'b', b'x' * 100000))); print('all done')\n"
     code += "except StoreError as fault: print(fault.message, '|', fault.hint)\n"
@@ -492,7 +494,10 @@ def test_a_lock_file_that_was_left_behind_does_not_block(tmp_path):
 
 def test_only_one_at_a_time(tmp_path):
     # Each of four processes adds one to a number 25 times, by reading and writing: without the lock, some are lost.
-    code = "import sys, pathlib, time\nfrom fixer.artefacts.shelf import *\nfolder = pathlib.Path(sys.argv[1])\n"
+    code = (
+        "import sys, pathlib, time\nfrom fixer.base.files import write_atomically\nfrom fixer.base.locks import Lock\n"
+    )
+    code += "folder = pathlib.Path(sys.argv[1])\n"
     code += "for _ in range(25):\n with Lock(folder / 'lock', poll_seconds=0.002):\n"
     code += "  number = int((folder / 'number').read_text()); time.sleep(0.001)\n"
     code += "  write_atomically(folder / 'number', str(number + 1).encode())"

@@ -11,6 +11,7 @@ import threading
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import click.testing
 import pytest
@@ -145,11 +146,12 @@ def test_dead_processes_have_ended_and_old_ones_go(tmp_path):
 LIVES = """
 import os, sys, time
 from pathlib import Path
-from fixer import status
-board = status.new_board(Path(sys.argv[1]))
-board.update(phase=status.Phase.SERVING)
+from fixer.base.status import Phase, lock_path
+from fixer.base.status_board import new_board
+board = new_board(Path(sys.argv[1]))
+board.update(phase=Phase.SERVING)
 os.rename(board.path, board.path.with_name("elsewhere-1.json"))
-os.rename(status.lock_path(board.path), board.path.with_name("elsewhere-1.lock"))
+os.rename(lock_path(board.path), board.path.with_name("elsewhere-1.lock"))
 content = board.path.with_name("elsewhere-1.json")
 content.write_text(content.read_text().replace(board.status.host, "elsewhere").replace(f": {os.getpid()},", ": 1,"))
 os.execv(sys.executable, [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(600)"])
@@ -158,7 +160,7 @@ os.execv(sys.executable, [sys.executable, "-c", "import time; print('here', flus
 
 def test_a_process_of_another_container_that_is_gone_has_ended(tmp_path):
     """Its lock goes over to the program that it becomes, and is the kernel's to free."""
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    root = str(Path(__file__).resolve().parents[2])
     process = subprocess.Popen(
         [sys.executable, "-c", LIVES, str(tmp_path)], env={**os.environ, "PYTHONPATH": root}, stdout=subprocess.PIPE
     )

@@ -19,7 +19,7 @@ import fixer.machine.cards
 from fixer.base.errors import HubError
 from fixer.cli import INTERRUPTED, MoefixGroup, main
 from fixer.machine.cards import find_card
-from fixer.machine.nvml import load
+from fixer.machine.driver import load
 from fixer.sglang.tree import Tree
 
 REPOSITORY = Path(__file__).resolve().parents[2]

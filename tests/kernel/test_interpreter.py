@@ -53,7 +53,8 @@ from pathlib import Path
 import torch
 import triton.language as tl
 
-from fixer.kernel import Target, kernel_function, read_kernel_source
+from fixer.kernel.compile import Target, kernel_function
+from fixer.kernel.source import read_kernel_source
 from fixer.kernel.arguments import LaunchContext, Product, Role, launch_arguments, padded_tokens
 from fixer.tuning.measure.routing import Routing
 from fixer.tuning.measure.tensors import align, choose_experts, make_layer, reference, relative_error

@@ -171,7 +171,7 @@ OWNER = """
 import sys, time
 from pathlib import Path
 from fixer.kernel.pool import CompilePool
-from fixer.kernel import Candidate, Target, read_kernel_source
+from fixer.kernel.compile import Candidate, Target; from fixer.kernel.source import read_kernel_source
 from fixer.workload import Projection, Tile, Workload
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ def test_the_hub_gives_two_files_at_most(tmp_path: Path) -> None:
 
 def in_a_process(**environment: str) -> "subprocess.CompletedProcess[str]":
     program = (
-        "from fixer.model import load_model\nfrom fixer.sglang.flags import ServerFlags\n"
+        "from fixer.model.config import load_model\nfrom fixer.sglang.flags import ServerFlags\n"
         "from fixer.base.errors import MoefixError\n"
         "try: print(load_model('Qwen/Qwen3-30B-A3B', ServerFlags()).source.value)\n"
         "except MoefixError as error: print(error.message)"

@@ -13,7 +13,7 @@ from fixer.sglang import find_tree as find_tree_module
 from fixer.sglang.find_tree import fetched_tree, find_tree, tree_at
 from fixer.sglang.own_choices import own_choices
 from fixer.sglang.releases import PINNED, RELEASES
-from fixer.sglang.tree import CONFIG_DIR_VARIABLE, Found, Tree
+from fixer.sglang.tree import BEFORE_MOEFIX, CONFIG_DIR_VARIABLE, Found, Tree
 from fixer.sglang.tuning_files import nearest_row, read_rows
 from fixer.workload import NumberFormat, Projection, Tile, Workload
 
@@ -161,7 +161,7 @@ def test_the_running_tritons_folder_comes_first_then_the_newest_other_even_a_new
 def test_what_moefix_installed_under_another_triton_is_not_sglangs_own(own_tree):
     name = own_tree.file_name(QWEN, ADA, UP)
     ours = put(own_tree.configs, "3_5_1", name, {1: ROW})
-    before = ours.with_name(name + find_tree_module.BEFORE_MOEFIX)
+    before = ours.with_name(name + BEFORE_MOEFIX)
     before.touch()
     assert own_tree.lookup(QWEN, ADA).gate_up_path == ours
     assert own_tree.lookup(QWEN, ADA, without_moefix=True).gate_up_path is None

@@ -48,7 +48,7 @@ FAKE_NVML = r"""
 #include <stdlib.h>
 #include <string.h>
 struct memory { unsigned long long total, free, used; };
-int nvmlInit_v2(void) { return getenv("FAKE_NVML") ? 9 : 0; }
+int nvmlInitWithFlags(unsigned flags) { return getenv("FAKE_NVML") ? 9 : 0; }
 int nvmlShutdown(void) { return 0; }
 int nvmlSystemGetDriverVersion(char *text, unsigned size) { snprintf(text, size, "580.159.03"); return 0; }
 int nvmlDeviceGetHandleByPciBusId_v2(const char *bus, void **handle) {
@@ -75,11 +75,10 @@ int nvmlDeviceGetComputeRunningProcesses_v3(void *handle, unsigned *count, struc
     unsigned room = *count;
     long long mib;
     int pid, read;
-    for (*count = 0; text && sscanf(text, "%d:%lld%n", &pid, &mib, &read) == 2; text += read) {
-        if (*count == room) return 7;
-        rows[(*count)++] = (struct process){pid, mib < 0 ? ~0ULL : (unsigned long long)mib << 20, ~0u, ~0u};
-    }
-    return 0;
+    for (*count = 0; text && sscanf(text, "%d:%lld%n", &pid, &mib, &read) == 2; text += read, ++*count)
+        if (*count < room)
+            rows[*count] = (struct process){pid, mib < 0 ? ~0ULL : (unsigned long long)mib << 20, ~0u, ~0u};
+    return *count > room ? 7 : 0; /* too little room: how much it takes */
 }
 int nvmlDeviceGetGraphicsRunningProcesses_v3(void *handle, unsigned *count, struct process *rows) {
     *count = 0;

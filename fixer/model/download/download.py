@@ -233,7 +233,7 @@ class Download:
             self._over.set()
             return
         program = "import sys; sys.path[:0] = [sys.argv.pop()]; from fixer.model.download.process import main; main()"
-        package = str(Path(__file__).resolve().parent.parent)
+        package = str(Path(__file__).resolve().parents[3])
         command = [sys.executable, "-c", program, json.dumps(asdict(self._plan)), str(os.getpid()), package]
         self._process = subprocess.Popen(
             command,

@@ -324,6 +324,3 @@ def _notes(case: Case) -> tuple[str, ...]:
         ),
     }
     return tuple(text for text, true in notes.items() if true)
-
-
-# --- dense block-FP8 products -----------------------------------------------------------------------------------

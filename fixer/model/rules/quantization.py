@@ -45,12 +45,6 @@ def resolve(question: Question) -> Scheme:
     return HANDLERS.get(method, _unknown)(question, replace(PLAIN, method=method, label=method))
 
 
-# --- which method -----------------------------------------------------------------------------------------------
-
-
-# --- lists of unquantised modules -------------------------------------------------------------------------------
-
-
 # --- one handler a method ---------------------------------------------------------------------------------------
 
 
@@ -262,9 +256,6 @@ def _unknown(question: Question, scheme: Scheme) -> Scheme:
         label=shown,
         reason=f"moefix does not know the quantisation {shown!r}; worked out as if the experts were unquantised",
     )
-
-
-# --- compressed-tensors -----------------------------------------------------------------------------------------
 
 
 # --- reading untrusted values -----------------------------------------------------------------------------------

@@ -53,9 +53,6 @@ _MARKERS = (*sglang_log.MARKERS, *diagnose.MARKERS)
 _IGNORED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGPIPE", "SIGTSTP", "SIGTTOU", "SIGTTIN", "SIGUSR1", "SIGUSR2")
 
 
-# --- in moefix, before it becomes the server -------------------------------------------------------------------------
-
-
 # --- the pair --------------------------------------------------------------------------------------------------------
 
 
