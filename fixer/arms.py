@@ -14,7 +14,8 @@ from pathlib import Path
 from fixer.artefacts.install import Pair
 from fixer.base.errors import StoreError
 from fixer.base.files import make_folder, write_together
-from fixer.sglang.tree import BEFORE_MOEFIX, Tree
+from fixer.sglang.lookup import BEFORE_MOEFIX
+from fixer.sglang.tree import Tree
 from fixer.sglang.tuning_files import render_table
 
 

@@ -27,8 +27,8 @@ from fixer.load import FIRST_ID, Pass, run_pass
 from fixer.machine.processes import end_group, free_port, start_child
 from fixer.machine.signals import deferred
 from fixer.model.config import Model
+from fixer.sglang.lookup import CONFIG_DIR_VARIABLE
 from fixer.sglang.server import HEALTH, OUT_OF_SHARED_MEMORY, SERVER_INFO, files_used, local_flags, server_command
-from fixer.sglang.tree import CONFIG_DIR_VARIABLE
 from fixer.sglang_server import client_command, is_plain_model, read_client_output
 
 FULL_LOADS = (

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 from fixer.artefacts.artefact import Artefact
@@ -19,9 +20,9 @@ from fixer.kernel.compile import Candidate, Compiled, CompileOutcome
 from fixer.kernel.fit import complaint
 from fixer.kernel.space import last_resorts
 from fixer.machine.cards import Card
+from fixer.sglang.lookup import BEFORE_MOEFIX, LookupStopsError
 from fixer.sglang.own_choices import OwnChoice, own_choices
-from fixer.sglang.releases import NEWEST, at_least
-from fixer.sglang.tree import BEFORE_MOEFIX, Tree
+from fixer.sglang.tree import Lookup, Tree
 from fixer.sglang.tuning_files import parse_table
 from fixer.workload import Projection, Tile, Workload
 
@@ -74,14 +75,28 @@ def set_damaged_aside(tree: Tree, workload: Workload, card: Card) -> Vetted:
 
 def _first_damaged(tree: Tree, workload: Workload, card: Card, without_moefix: bool) -> Damaged | None:
     lookup = tree.lookup(workload, card, without_moefix=without_moefix)
-    # 0.5.17 hands USE_TMA of a gate-up file to a kernel that does not know it; 0.5.23 takes it out.
-    tma_in_gate_up = at_least(tree.version, NEWEST)
-    for path, tma in ((lookup.gate_up_path, tma_in_gate_up), (lookup.down_path, True)):
+    for path, tma in ((lookup.gate_up_path, tree.takes_gate_up_tma), (lookup.down_path, True)):
         if path is not None:
             _, damaged = read_or_set_aside(path, partial(parse_table, tma=tma))
             if damaged is not None:
                 return damaged
-    return None
+    why = _stop(tree, lookup, workload, card)
+    return set_aside(lookup.down_path, why) if why and lookup.down_path is not None else None
+
+
+def _stop(tree: Tree, lookup: Lookup, workload: Workload, card: Card) -> str:
+    """Why SGLang would stop at two files that are good each by itself; up to 0.5.12 they must agree in BLOCK_SIZE_M."""
+    if lookup.down_path is None:
+        return ""
+    choose = own_choices(tree, lookup, workload, card)
+    batches = sorted({*_batches(lookup.gate_up_path, lookup.down_path), workload.experts, workload.experts + 1})
+    between = {(low + high) // 2 + step for low, high in pairwise(batches) for step in (0, 1)}
+    try:
+        for tokens in sorted({*batches, *between}):
+            choose(tokens)
+    except LookupStopsError as fault:
+        return fault.message
+    return ""
 
 
 def vet(tree: Tree, workload: Workload, card: Card, rows: Iterable[int], compiler: CompileFunction) -> Vetted:

@@ -97,11 +97,7 @@ def write_config_dir(artefact: Artefact, folder: Path, tree: Tree | None) -> Wri
 
 
 def _pair_files(artefact: Artefact, folder: Path) -> tuple[tuple[Path, bytes], ...]:
-    pair = Pair.of(artefact)
-    return (
-        (folder / pair.gate_up_name, render_table(pair.gate_up)),
-        (folder / pair.down_name, render_table(pair.down)),
-    )
+    return Pair.of(artefact).files(folder)
 
 
 def tree_of(version: str, root: Path | None, cache: Path, say: Callable[[str], None]) -> Tree | None:

@@ -28,7 +28,7 @@ from fixer.base.files import (
     write_atomically,
     write_together,
 )
-from fixer.sglang.tree import BEFORE_MOEFIX, CONFIG_DIR_VARIABLE
+from fixer.sglang.lookup import BEFORE_MOEFIX, CONFIG_DIR_VARIABLE
 from fixer.sglang.tuning_files import parse_table, render_table
 from fixer.workload import Tile, check_tile
 
@@ -38,12 +38,13 @@ BACKUP_SUFFIX = BEFORE_MOEFIX
 
 @dataclass(frozen=True)
 class Pair:
-    """The two tuning files of one workload.
+    """The two tuning files of one workload, or the joint one of a release that reads one for both projections.
 
     Attributes:
-        gate_up_name, down_name: SGLang's names for the files.
+        gate_up_name, down_name: SGLang's names for the files; `down_name` is "" for a joint file.
         gate_up, down: a tile for each batch size M in tokens, both for the same M, each two sharing BLOCK_SIZE_M
-            (SGLang sorts tokens into blocks once for both, and would overrule the down projection's).
+            (SGLang sorts tokens into blocks once for both, and would overrule the down projection's). In a joint file
+            both are the same.
 
     Raises:
         ValueError: on construction, where that does not hold or a tile is absurd: an error in moefix itself.
@@ -55,8 +56,12 @@ class Pair:
     down: Mapping[int, Tile]
 
     def __post_init__(self) -> None:
-        if check_file_name(self.gate_up_name) == check_file_name(self.down_name):
+        if check_file_name(self.gate_up_name) == self.down_name:
             raise ValueError(f"both projections are to be written as {self.gate_up_name}")
+        if self.down_name:
+            check_file_name(self.down_name)
+        elif self.gate_up != self.down:
+            raise ValueError(f"{self.gate_up_name} is one file for both projections, and their tiles differ")
         if not self.gate_up or self.gate_up.keys() != self.down.keys():
             raise ValueError(f"the rows differ: {sorted(self.gate_up)} and {sorted(self.down)}")
         for batch, tile in self.gate_up.items():
@@ -65,9 +70,14 @@ class Pair:
             if tile.use_tma:
                 raise ValueError(f"row {batch}: USE_TMA breaks SGLang 0.5.17 in a gate_up file")
 
+    def files(self, folder: Path) -> tuple[tuple[Path, bytes], ...]:
+        """The files in a folder, each with its content."""
+        named = ((self.gate_up_name, self.gate_up), (self.down_name, self.down))
+        return tuple((folder / name, render_table(table)) for name, table in named if name)
+
     @classmethod
     def of(cls, artefact: Artefact) -> Pair:
-        """An artefact's two files."""
+        """An artefact's files."""
         return cls(
             artefact.gate_up_file,
             artefact.down_file,
@@ -95,11 +105,11 @@ class Installation:
 
 
 def installed(folder: Path, pair: Pair) -> bool:
-    """Whether both files are in `folder`, byte for byte."""
-    return all(_content(path) == content for path, content in _files(folder, pair))
+    """Whether the files are in `folder`, byte for byte."""
+    return all(_content(path) == content for path, content in pair.files(folder))
 
 
-def install_pair(folder: Path, pair: Pair, home: Path, sglang_version: str) -> Installation:
+def install_pair(folder: Path, pair: Pair, home: Path, sglang_version: str, *, overlay: bool = True) -> Installation:
     """Put the pair into `folder`, or into an overlay in the data folder where `folder` cannot be written.
 
     A file that was there before and differs is kept once as `<name>.before-moefix`; an empty one of that name says
@@ -112,18 +122,23 @@ def install_pair(folder: Path, pair: Pair, home: Path, sglang_version: str) -> I
         pair: the pair.
         home: moefix's data folder.
         sglang_version: names the overlay.
+        overlay: this SGLang reads SGLANG_MOE_CONFIG_DIR, so that an overlay helps (`Tree.reads_config_dir_variable`).
 
     Returns:
         Where the pair is. Where it was there already, nothing is written.
 
     Raises:
-        StoreError: neither the folder nor the data folder can be written.
+        StoreError: neither the folder nor the data folder can be written, or an overlay would not be read.
     """
     if installed(folder, pair):
         return _installation(folder, pair)
     try:
         notes = _write_pair(folder, pair, home)
     except StoreError as fault:
+        if not overlay:
+            raise StoreError(
+                f"{fault.message}; SGLang {sglang_version} reads its tuning files from there only", fault.hint
+            ) from fault
         return _install_overlay(folder, pair, home, safe_name(sglang_version), fault.message)
     return _installation(folder, pair, notes=notes)
 
@@ -131,14 +146,7 @@ def install_pair(folder: Path, pair: Pair, home: Path, sglang_version: str) -> I
 def _installation(
     folder: Path, pair: Pair, env: tuple[tuple[str, str], ...] = (), notes: tuple[str, ...] = ()
 ) -> Installation:
-    return Installation(folder, folder / pair.gate_up_name, folder / pair.down_name, env, notes)
-
-
-def _files(folder: Path, pair: Pair) -> tuple[tuple[Path, bytes], tuple[Path, bytes]]:
-    return (
-        (folder / pair.gate_up_name, render_table(pair.gate_up)),
-        (folder / pair.down_name, render_table(pair.down)),
-    )
+    return Installation(folder, folder / pair.gate_up_name, folder / (pair.down_name or pair.gate_up_name), env, notes)
 
 
 def _content(path: Path) -> bytes | None:
@@ -154,7 +162,7 @@ def _write_pair(folder: Path, pair: Pair, home: Path) -> tuple[str, ...]:
 
 def _replace(folder: Path, pair: Pair, home: Path, *, overlay: bool) -> tuple[str, ...]:
     """Keep what is there, write the pair, and remember that moefix wrote it."""
-    files = _files(folder, pair)
+    files = pair.files(folder)
     notes = tuple(note for path, content in files for note in _make_room(path, content, home, overlay))
     write_together(files)
     for _, content in files:

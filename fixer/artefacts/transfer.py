@@ -82,7 +82,8 @@ def install_in(tree: Tree, artefact: Artefact, home: Path) -> Installation:
         StoreError: nothing can be written.
     """
     check_tree(artefact.environment, tree)
-    return install_pair(tree.triton_folder, Pair.of(artefact), home, tree.version)
+    pair, folder = Pair.of(artefact), tree.triton_folder
+    return install_pair(folder, pair, home, tree.version, overlay=tree.reads_config_dir_variable)
 
 
 def check_fit(artefact: Artefact, tree: Tree, home: Path) -> str:

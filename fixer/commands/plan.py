@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fixer.base.errors import UsageError
+from fixer.base.errors import CompileError, UsageError
 from fixer.commands.common import PASS_THROUGH, data_folder, wanted_cards, wanted_tree
 from fixer.machine.signals import interruptible
 
@@ -59,6 +59,12 @@ def command(
             _print(plans, as_json)
         if misfit is not None:
             raise UsageError(misfit.decision.reason)
+        crash = next((one.crash for one in plans if one.crash), "")
+        if crash:
+            raise CompileError(
+                f"the compiler failed, so whether SGLang's own configuration fits is not known: {crash}",
+                "Install the Triton that this SGLang brings, in a version that knows the card: moefix doctor.",
+            )
         if folder is not None:
             _write(plans, Path(folder), quiet=as_json)
 

@@ -26,7 +26,7 @@ def look_at_sglang(patient: Patient) -> Iterator[Finding]:
             "SGLang",
             State.WARNING,
             f"{tree.version} in {tree.package} is not among the tested releases ({', '.join(RELEASES)});"
-            f" it is taken for {rules_for(tree.version)}",
+            f" it is taken for {rules_for(tree.release)}",
             "If SGLang then looks for other files than moefix wrote, take a tested release.",
         )
     source = read_kernel_source(tree.kernel_source)
@@ -76,7 +76,7 @@ def look_at_model(patient: Patient) -> Iterator[Finding]:
     model = load_model("", patient.flags)
     yield Finding("model", State.OK, f"{model.name}: {model.architecture}" + (f" ({model.note})" if model.note else ""))
     for group in kinds(patient.cards):
-        decision = decide(model, patient.flags, group[0], patient.tree.version)
+        decision = decide(model, patient.flags, group[0], patient.tree.release)
         yield Finding("model", State.OK, f"on {group[0].name}: {decision.reason}")
         if decision.workload is not None:
             yield from _files_for(patient.tree, decision.workload, group[0])

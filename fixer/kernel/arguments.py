@@ -232,12 +232,14 @@ class LaunchContext:
         compute_type: `tl.bfloat16` or `tl.float16`, given by the caller so that this module needs no Triton.
         descriptors: the tensor descriptors of A and B where the tile asks for TMA, else None.
         valid_tokens: the kernel's `num_valid_tokens`; None for M * top_k.
+        swap_ab: SGLang swaps the operands of an FP8 launch of this tile (Hopper's wide instruction wants 64 rows).
     """
 
     arch: int
     compute_type: Any
     descriptors: tuple[Any, Any] | None = None
     valid_tokens: int | None = None
+    swap_ab: bool = False
 
 
 def launch_arguments(
@@ -341,8 +343,7 @@ def _fused_arguments(
         "use_int8_w8a16": workload.number_format is NumberFormat.INT8_W8A16,
         "per_channel_quant": workload.per_channel_quant,
         "c_sorted": False,
-        # Hopper's wide matrix instruction wants 64 rows: SGLang swaps the operands of narrow tiles there.
-        "swap_ab": is_fp8 and context.arch == 90 and tile.block_m < 64 <= tile.block_n,
+        "swap_ab": is_fp8 and context.swap_ab,
         "FUSE_ADD_TO_OUTPUT": False,
         "MASK_OUTPUT": False,
         "FUSE_SUM_ALL_REDUCE": False,

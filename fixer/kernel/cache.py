@@ -23,7 +23,7 @@ from pathlib import Path
 
 from fixer.base.errors import CompileError
 from fixer.base.files import Damaged, set_aside
-from fixer.kernel.compile import Candidate, Compiled, CompileOutcome, Target
+from fixer.kernel.compile import Candidate, Compiled, CompileOutcome, Target, swaps_operands
 from fixer.kernel.pool import CompilePool, Deadline, compile_all
 from fixer.machine.processes import usable_cores
 
@@ -228,6 +228,7 @@ def candidate_key(target: Target, candidate: Candidate) -> str:
         "workload": asdict(candidate.workload),
         "projection": candidate.projection,
         "tile": asdict(candidate.tile),
+        "swaps": swaps_operands(target, candidate.workload, candidate.tile),
         "tokens": candidate.tokens,
     }
     return json.dumps(parts, default=_plain, sort_keys=True, separators=(",", ":"))

@@ -8,10 +8,11 @@ here is the server's own cache entry.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,13 @@ from fixer.base.errors import CompileError, SGLangError
 from fixer.kernel.arguments import LaunchContext, Product, Role, kernel_name, launch_arguments, operands
 from fixer.kernel.arguments import padded_tokens as sorted_length_of
 from fixer.kernel.source import KernelSource, load_kernels
-from fixer.workload import Projection, Tile, Workload
+from fixer.machine.cards import Card
+from fixer.sglang.cut import code_of, namespace
+from fixer.sglang.stand_ins import card_stand_ins
+from fixer.workload import NumberFormat, Projection, Tile, Workload
+
+SWAP_RULE = "should_enable_swap_ab"
+"""SGLang's function of BLOCK_SIZE_M and BLOCK_SIZE_N that says whether an FP8 launch swaps its operands (0.5.8)."""
 
 
 class CompileOutcome(Enum):
@@ -33,11 +40,19 @@ class CompileOutcome(Enum):
 
 @dataclass(frozen=True)
 class Target:
-    """What to compile for: SGLang's kernel, an architecture (89, 90, 120), and where files may be kept."""
+    """What to compile for.
+
+    Attributes:
+        source: SGLang's kernel.
+        arch: an architecture (89, 90, 120).
+        folder: where files may be kept.
+        card: the card's name; 0.5.8 launches differently on one card of an architecture.
+    """
 
     source: KernelSource
     arch: int
     folder: Path
+    card: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,12 +110,14 @@ def planning_driver(arch: int) -> Iterator[None]:
         from triton.runtime import driver
     except ImportError as error:
         raise CompileError("Triton is not installed.", "pip install triton (Linux only).") from error
-    before = driver._active
+    # Up to 3.4 the active driver is a plain attribute; since 3.5 it is a property that would begin a real one.
+    name = "_active" if hasattr(driver, "_active") else "active"
+    before = getattr(driver, name)
     driver.set_active(_PlanningDriver(GPUTarget("cuda", arch, 32)))
     try:
         yield
     finally:
-        driver._active = before
+        setattr(driver, name, before)
 
 
 _ANY_TOKENS = 1009
@@ -132,7 +149,7 @@ def complaint(error: BaseException) -> str:
 def warm_kernel(target: Target, candidate: Candidate) -> Any:
     """Triton's compiled kernel for a candidate, from its cache where it is there; nothing is launched."""
     function = kernel_function(target, candidate.workload)
-    return function.warmup(**compile_arguments(function, target.arch, candidate), grid=(1,))
+    return function.warmup(**compile_arguments(function, target, candidate), grid=(1,))
 
 
 def kernel_function(target: Target, workload: Workload) -> Any:
@@ -140,7 +157,21 @@ def kernel_function(target: Target, workload: Workload) -> Any:
     return getattr(load_kernels(target.source, target.folder), kernel_name(workload))
 
 
-def compile_arguments(function: Any, arch: int, candidate: Candidate) -> dict[str, Any]:
+def swaps_operands(target: Target, workload: Workload, tile: Tile) -> bool:
+    """Whether SGLang swaps the operands of a launch, by its own rule."""
+    is_fp8 = workload.number_format is NumberFormat.FP8_W8A8
+    rule = _swap_rule(target.source.swap_rule, target.arch, target.card) if target.source.swap_rule and is_fp8 else None
+    return bool(rule and rule(tile.block_m, tile.block_n))
+
+
+@lru_cache(maxsize=8)
+def _swap_rule(text: str, arch: int, card: str) -> Any:
+    space = namespace(card_stand_ins(Card(card, divmod(arch, 10), 0, 0)))
+    exec(code_of(text), space)  # noqa: S102 (a function of the user's own SGLang, cut out)
+    return space[SWAP_RULE]
+
+
+def compile_arguments(function: Any, target: Target, candidate: Candidate) -> dict[str, Any]:
     """The arguments of a candidate's launch, with shapes in the place of tensors."""
     workload, tile = candidate.workload, candidate.tile
     anything = candidate.tokens is None
@@ -148,10 +179,11 @@ def compile_arguments(function: Any, arch: int, candidate: Candidate) -> dict[st
     length = _ANY_TOKENS if anything else sorted_length_of(workload, product.tokens, tile.block_m)
     tensors = operands(product, tile, length)
     context = LaunchContext(
-        arch=arch,
+        arch=target.arch,
         compute_type=compute_type(workload),
-        descriptors=_descriptors(tile, tensors[Role.A], tensors[Role.B]) if tile.use_tma else None,
+        descriptors=_descriptors(product, tile, tensors) if tile.use_tma else None,
         valid_tokens=_ANY_TOKENS if anything else None,
+        swap_ab=swaps_operands(target, workload, tile),
     )
     return launch_arguments([parameter.name for parameter in function.params], product, tile, tensors, context)
 
@@ -163,11 +195,13 @@ def compute_type(workload: Workload) -> Any:
     return tl.bfloat16 if workload.activation_dtype == "bfloat16" else tl.float16
 
 
-def _descriptors(tile: Tile, a: Any, b: Any) -> tuple[Any, Any]:
+def _descriptors(product: Product, tile: Tile, tensors: Mapping[Role, Any]) -> tuple[Any, Any]:
+    """The tensor descriptors of A and B; the gate-up projection loads its scattered rows of A by pointers."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     def describe(tensor: Any, block: list[int]) -> Any:
         strides = [tensor.stride(dimension) for dimension in range(len(tensor.shape))]
         return TensorDescriptor(tensor, list(tensor.shape), strides, block)
 
-    return describe(a, [tile.block_m, tile.block_k]), describe(b, [1, tile.block_n, tile.block_k])
+    a = None if product.is_up else describe(tensors[Role.A], [tile.block_m, tile.block_k])
+    return a, describe(tensors[Role.B], [1, tile.block_n, tile.block_k])

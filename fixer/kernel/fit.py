@@ -27,7 +27,7 @@ def compiler_for(tree: Tree, card: Card, home: Path, cache: CompileCache) -> Com
     Raises:
         SGLangError: the tree has no kernel that moefix knows.
     """
-    target = Target(read_kernel_source(tree.kernel_source), card.arch, home / "kernels")
+    target = Target(read_kernel_source(tree.kernel_source), card.arch, home / "kernels", card.name)
 
     def compile_candidates(candidates: Iterable[Candidate]) -> Mapping[Candidate, Compiled]:
         return compile_with_cache(target, candidates, cache, home / "triton")

@@ -12,6 +12,9 @@ from typing import Any
 
 from fixer.base.errors import CompileError, SGLangError
 from fixer.base.files import write_atomically
+from fixer.kernel.compile import SWAP_RULE
+from fixer.sglang.cut import Source, UnknownFormError, cut_text
+from fixer.sglang.stand_ins import CARD_NAMES
 
 KERNELS = ("fused_moe_kernel", "fused_moe_kernel_gptq_awq")
 
@@ -24,11 +27,13 @@ class KernelSource:
         path: the file they come from.
         text: the file with all but the kernels blanked out, line numbers kept.
         sha256: of `text`; what was measured with another text does not count.
+        swap_rule: SGLang's own function that says when a launch swaps its operands, "" in releases that never do.
     """
 
     path: Path
     text: str
     sha256: str
+    swap_rule: str = ""
 
 
 def read_kernel_source(path: Path) -> KernelSource:
@@ -53,7 +58,10 @@ def read_kernel_source(path: Path) -> KernelSource:
             break
         wanted = found
     text = _blank_all_but(source.splitlines(), [jitted[name] for name in wanted])
-    return KernelSource(path, text, hashlib.sha256(text.encode()).hexdigest())
+    rule = cut_text(Source(path, source), (SWAP_RULE,), CARD_NAMES)
+    if not rule and "swap_ab" in {argument.arg for argument in jitted[KERNELS[0]].args.args}:
+        raise UnknownFormError(path, f"its kernel takes swap_ab, and it lacks {SWAP_RULE}")
+    return KernelSource(path, text, hashlib.sha256(text.encode()).hexdigest(), rule)
 
 
 def _is_jitted(node: ast.FunctionDef) -> bool:

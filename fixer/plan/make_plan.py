@@ -7,9 +7,10 @@ reports is what SGLang's launch will ask for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from fixer.kernel.cache import triton_version
+from fixer.kernel.cache import is_lasting, triton_version
 from fixer.kernel.compile import Candidate, Compiled, CompileOutcome
 from fixer.kernel.fit import CompileFunction
 from fixer.kernel.space import last_resorts
@@ -25,8 +26,6 @@ from fixer.sglang.own_choices import OwnChoice, own_choices
 from fixer.sglang.tree import Found, Lookup, Tree
 from fixer.workload import BOTH, Projection, Tile, TilePair, Workload
 
-DETERMINISTIC_TILE = Tile(64, 64, 32, 8)
-"""What `--enable-deterministic-inference` runs for every M (fused_moe_triton_config.py:72 of 0.5.17)."""
 
 
 # --- making it -------------------------------------------------------------------------------------------------------
@@ -47,13 +46,13 @@ def make_plan(
         SGLangError: the tree is not one that moefix knows, or a tuning file in it would stop SGLang.
         CompileError: Triton is not installed.
     """
-    decision = decide(model, flags, card, tree.version)
+    decision = decide(model, flags, card, tree.release)
     workload = decision.workload
     asks = decision.outcome in (Outcome.ASKS, Outcome.UNCERTAIN, Outcome.ASKS_THEN_CRASHES)
     lookup = tree.lookup(workload, card) if workload is not None and asks else None
     ladder_of: tuple[int, ...] = ()
     if workload is not None and decision.outcome is not Outcome.ASKS_THEN_CRASHES:
-        ladder_of = ladder(flags, card, tree.version, workload)
+        ladder_of = ladder(flags, card, tree.release, workload)
     rows: tuple[PlanRow, ...] = ()
     if workload is not None and ladder_of:
         own = _own(tree, lookup, workload, card, ladder_of)
@@ -76,21 +75,30 @@ _SOURCES = {Found.SHIPPED: Source.SHIPPED, Found.OTHER_TRITON: Source.OTHER_TRIT
 
 def _own(tree: Tree, lookup: Lookup | None, workload: Workload, card: Card, rows: Iterable[int]) -> dict[int, _Own]:
     if lookup is None:
-        fixed = TilePair(DETERMINISTIC_TILE, DETERMINISTIC_TILE)
+        fixed = _both(tree.deterministic_tile(workload, card))
         return {tokens: _Own(Source.DETERMINISTIC, fixed) for tokens in rows}
     choose_own: Callable[[int], OwnChoice] = own_choices(tree, lookup, workload, card)
     choices = {tokens: choose_own(tokens) for tokens in rows}
     source = _SOURCES[lookup.found]
-    pairs = {tokens: TilePair(choice.gate_up, choice.down) for tokens, choice in choices.items()}
-    if lookup.down_path is None:
-        # Without a file of its own the down projection runs the gate-up's row, less its USE_TMA (fused_moe.py:491-498).
-        pairs = {tokens: replace(pair, down=replace(pair.down, use_tma=False)) for tokens, pair in pairs.items()}
-    return {tokens: _Own(source, pair) for tokens, pair in pairs.items()}
+    return {tokens: _Own(source, TilePair(choice.gate_up, choice.down)) for tokens, choice in choices.items()}
 
 
 def _looked_up(own: Mapping[int, _Own]) -> tuple[PlanRow, ...]:
     """The rows without compiling anything."""
     return tuple(PlanRow(tokens, row.source, Use(row.pair.gate_up), Use(row.pair.down)) for tokens, row in own.items())
+
+
+MOST_CRASHES = 8
+"""After so many candidates that the compiler crashed on, with none that it did not, the others are not tried."""
+
+
+class _NothingCompiles(Exception):  # noqa: N818 (never leaves this module)
+    """The compiler crashed on all that it was given: trying more tiles says nothing about any."""
+
+
+def _says_something(compiled: Compiled) -> bool:
+    """Whether a result is about the tile: a crash, a full disk or want of memory is not."""
+    return compiled.outcome is CompileOutcome.DEADLINE or is_lasting(compiled)
 
 
 class _Planner:
@@ -106,8 +114,11 @@ class _Planner:
     def rows(self, own: Mapping[int, _Own]) -> tuple[PlanRow, ...]:
         """The ladder's rows, compiled, each with a proposal where SGLang reads files and something fits."""
         reads_files = any(row.source is not Source.DETERMINISTIC for row in own.values())
-        proposed = self._proposals(own) if reads_files else {}
-        self._compile(row.pair for row in own.values())
+        proposed: dict[int, TilePair] = {}
+        with suppress(_NothingCompiles):
+            proposed = self._proposals(own) if reads_files else {}
+        with suppress(_NothingCompiles):
+            self._compile(row.pair for row in own.values())
         return tuple(
             PlanRow(
                 tokens,
@@ -151,6 +162,8 @@ class _Planner:
         missing = [candidate for candidate in wanted if candidate not in self._known]
         if missing:
             self._known.update(self._compiler(missing))
+        if len(self._known) >= MOST_CRASHES and not any(map(_says_something, self._known.values())):
+            raise _NothingCompiles
 
     def _candidates(self, pair: TilePair) -> tuple[Candidate, Candidate]:
         up, down = (
@@ -172,7 +185,8 @@ class _Planner:
     def _use(self, projection: Projection, tile: Tile) -> Use:
         compiled = self._known[Candidate(self._workload, projection, tile)]
         if compiled.outcome is not CompileOutcome.OK:
-            return Use(tile, None, False, f"{compiled.outcome.value}: {compiled.message}")
+            fits = False if _says_something(compiled) else None
+            return Use(tile, None, fits, f"{compiled.outcome.value}: {compiled.message}")
         return Use(tile, compiled.shared_bytes, compiled.shared_bytes <= self._card.shared_memory)
 
 
@@ -191,14 +205,17 @@ def _both(tile: Tile) -> TilePair:
 
 def _notes(decision: Decision, tree: Tree, rows: tuple[PlanRow, ...], compiled_with: str) -> tuple[str, ...]:
     faults = dict.fromkeys(
-        f"SGLang's {use.tile} ({projection.value}) does not compile for this card: {use.message}"
+        f"SGLang's {use.tile} ({projection.value}) "
+        + ("is not known to fit: the compiler failed" if use.crashed else "does not compile for this card")
+        + f": {use.message}"
         for row in rows
         for projection, use in zip(BOTH, (row.gate_up, row.down), strict=True)
         if use.message
     )
     shapes = ", ".join(f"N={rows},K={columns}" for rows, columns in decision.dense_shapes)
-    bare = [row.tokens for row in rows if compiled_with and row.proposed is None]
+    bare = [row.tokens for row in rows if compiled_with and row.proposed is None and not row.crash]
     notes = {
+        tree.guess: tree.guess,
         f"SGLang also looks up files of the dense W8A8 block GEMMs ({shapes}), which moefix does not tune": shapes,
         "looked up only: nothing was compiled": rows and not compiled_with,
         f"compiled with Triton {compiled_with}; SGLang {tree.version} brings {tree.triton}, whose kernels may need "

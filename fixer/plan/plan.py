@@ -29,6 +29,7 @@ class Verdict(Enum):
 
     FITS = "fits"
     OUT_OF_RESOURCES = "out_of_resources"
+    COMPILER_CRASHED = "compiler_crashed"
     NOT_APPLICABLE = "not_applicable"
 
 
@@ -39,14 +40,20 @@ class Use:
     Attributes:
         tile: the configuration.
         shared_bytes: shared memory a block needs as compiled for the card; None where it was not compiled.
-        fits: whether that is at most the card's; None where nothing was compiled, False where it does not compile.
-        message: why it did not compile, "" where it did.
+        fits: whether that is at most the card's; None where that is not known: nothing was compiled, or the compiler
+            crashed. False where the tile does not compile.
+        message: why it did not compile, "" where it did or was not tried.
     """
 
     tile: Tile
     shared_bytes: int | None = None
     fits: bool | None = None
     message: str = ""
+
+    @property
+    def crashed(self) -> bool:
+        """Whether the compiler itself failed on it, which says nothing about the tile."""
+        return self.fits is None and self.message != ""
 
 
 @dataclass(frozen=True)
@@ -68,10 +75,15 @@ class PlanRow:
 
     @property
     def fits(self) -> bool | None:
-        """Whether SGLang's own configuration fits for both projections; None where it was not compiled."""
-        if self.gate_up.fits is None or self.down.fits is None:
-            return None
-        return self.gate_up.fits and self.down.fits
+        """Whether SGLang's own configuration fits for both projections; None where that is not known."""
+        if False in (self.gate_up.fits, self.down.fits):
+            return False
+        return None if None in (self.gate_up.fits, self.down.fits) else True
+
+    @property
+    def crash(self) -> str:
+        """What the compiler crashed with on one of the two, "" where it did not."""
+        return next((use.message for use in (self.gate_up, self.down) if use.crashed), "")
 
 
 @dataclass(frozen=True)
@@ -100,10 +112,22 @@ class Plan:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether every row of SGLang's own fits; not applicable where nothing was compiled."""
+        """Whether every row of SGLang's own fits; not applicable where nothing was compiled.
+
+        One row that does not fit decides. Else a crash of the compiler leaves the others open.
+        """
+        if any(row.fits is False for row in self.rows):
+            return Verdict.OUT_OF_RESOURCES
+        if any(row.crash for row in self.rows):
+            return Verdict.COMPILER_CRASHED
         if not self.rows or any(row.fits is None for row in self.rows):
             return Verdict.NOT_APPLICABLE
-        return Verdict.FITS if all(row.fits for row in self.rows) else Verdict.OUT_OF_RESOURCES
+        return Verdict.FITS
+
+    @property
+    def crash(self) -> str:
+        """What the compiler crashed with on SGLang's own configuration, "" where it did not."""
+        return next((row.crash for row in self.rows if row.crash), "")
 
     def to_json(self) -> dict[str, Any]:
         """The object that `plan --json` prints (README: the plan's JSON)."""

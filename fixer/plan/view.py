@@ -11,7 +11,12 @@ from fixer.base.console import plain_or_terminal
 from fixer.plan.plan import Plan, PlanRow, Use, Verdict
 from fixer.workload import Tile, TilePair
 
-_STYLES = {Verdict.FITS: "green", Verdict.OUT_OF_RESOURCES: "red", Verdict.NOT_APPLICABLE: "yellow"}
+_STYLES = {
+    Verdict.FITS: "green",
+    Verdict.OUT_OF_RESOURCES: "red",
+    Verdict.COMPILER_CRASHED: "red",
+    Verdict.NOT_APPLICABLE: "yellow",
+}
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
@@ -78,13 +83,13 @@ def _bytes(row: PlanRow) -> str:
 
 def _use_bytes(use: Use) -> str:
     if use.fits is None:
-        return "-"
+        return "crashed" if use.crashed else "-"
     return "no compile" if use.shared_bytes is None else str(use.shared_bytes)
 
 
 def _fits(row: PlanRow) -> Text:
     if row.fits is None:
-        return Text("-")
+        return Text("?" if row.crash else "-")
     return Text("yes", style="green") if row.fits else Text("NO", style="bold red")
 
 
@@ -106,9 +111,12 @@ def verdict_line(plan: Plan) -> str:
     if plan.verdict is Verdict.FITS:
         return f"fits: SGLang's own configurations need at most {_most_bytes(plan)} of {limit} bytes"
     if plan.verdict is Verdict.OUT_OF_RESOURCES:
-        rows = ", ".join(str(row.tokens) for row in plan.rows if not row.fits)
+        rows = ", ".join(str(row.tokens) for row in plan.rows if row.fits is False)
         need = f"needs {_most_bytes(plan)} bytes" if _most_bytes(plan) > limit else "does not compile"
         return f"out_of_resources: at M = {rows} SGLang's own {need}, and the card has {limit}"
+    if plan.verdict is Verdict.COMPILER_CRASHED:
+        rows = ", ".join(str(row.tokens) for row in plan.rows if row.crash)
+        return f"compiler_crashed: whether SGLang's own fits at M = {rows} is not known ({plan.crash})"
     return "not_applicable: nothing was compiled" if plan.rows else f"not_applicable: {plan.decision.outcome.value}"
 
 

@@ -193,7 +193,8 @@ def _shared_memory(
         source = read_kernel_source(tree.kernel_source)
         if source.sha256 != artefact.environment.kernel_hash:
             return shared, "" if shared else "SGLang's kernel has another source now than when it was tuned."
-        target = Target(source, card_of(artefact).arch, sources.home / "kernels")
+        card = card_of(artefact)
+        target = Target(source, card.arch, sources.home / "kernels", card.name)
         compiled = _compile(target, [Candidate(artefact.workload, k.projection, k.tile) for k in unknown], sources)
     except MoefixError as fault:
         return shared, "" if shared else fault.message

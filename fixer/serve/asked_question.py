@@ -91,7 +91,7 @@ def decision_for(situation: Situation, kind: int, asked: Asked) -> Decision:
     if decision.workload is not None and tree.file_name(decision.workload, named, Projection.GATE_UP) == asked.gate_up:
         reason = f"SGLang looked for {asked.gate_up} {how}, as worked out"
         return replace(decision, outcome=Outcome.ASKS, reason=reason)
-    base = decision.workload or layer_workload(situation.model, situation.flags, card, tree.version)
+    base = decision.workload or layer_workload(situation.model, situation.flags, card, tree.release)
     if base is None:
         raise ValueError(f"the model is dense by its config.json, and yet SGLang asked for {asked.gate_up}")
     workload = workload_of_name(asked.gate_up, base)

@@ -133,6 +133,8 @@ def tune_kind(situation: Situation, kind: int, wish: Wish, home: Path, say: Voic
         vetted = set_damaged_aside(situation.tree, workload, card)
         for bad in vetted.bad:
             say.warning(str(bad))
+        if vetted.tree.guess:
+            say.warning(vetted.tree.guess)
         job = Job(
             tree=vetted.tree,
             workload=workload,

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fixer.artefacts.artefact import Artefact
-from fixer.artefacts.install import Installation, Pair, install_pair
+from fixer.artefacts.install import Installation, Pair
 from fixer.base.data_folder import scratch_in
 from fixer.base.voice import Voice
 from fixer.serve.find_or_tune import artefact_for, foreseen
 from fixer.serve.options import MoefixOptions
+from fixer.serve.serve import put
 from fixer.serve.situation import TUNABLE, Situation
 from fixer.sglang.own_choices import own_choices
 
@@ -48,10 +49,9 @@ def prepare(situation: Situation, options: MoefixOptions, home: Path, say: Voice
 
 def install(artefact: Artefact, situation: Situation, home: Path, say: Voice) -> Installation:
     """Put an artefact's pair of files where SGLang looks."""
-    installation = install_pair(situation.tree.triton_folder, Pair.of(artefact), home, situation.tree.version)
-    for note in installation.notes:
-        say.line(note)
-    say.line(f"installed {installation.gate_up_path} and {installation.down_path.name}")
+    installation = put(Pair.of(artefact), situation.tree, home, say)
+    down = f" and {installation.down_path.name}" if artefact.down_file else ""
+    say.line(f"installed {installation.gate_up_path}{down}")
     return installation
 
 
@@ -63,8 +63,6 @@ def fitting_instead(situation: Situation, kind: int, home: Path, say: Voice) -> 
     from fixer.artefacts.check_files import vet
     from fixer.kernel.cache import CompileCache
     from fixer.kernel.fit import compiler_for
-    from fixer.plan.make_plan import make_plan
-    from fixer.plan.write import write_plan
 
     card, workload = situation.cards[kind][0], situation.decisions[kind].workload
     assert workload is not None
@@ -78,25 +76,19 @@ def fitting_instead(situation: Situation, kind: int, home: Path, say: Voice) -> 
                 say.warning("serving with SGLang's own configuration, which fits this card")
                 return []
             left = replace(situation, tree=vetted.tree)
-            if not vetted.tree.reads_down_file:
-                joint = write_plan(
-                    make_plan(left.model, left.flags, card, left.tree, compiler), left.tree.triton_folder
-                )
-                say.warning(f"serving with a configuration that fits this card and was not measured: {joint[0]}")
-                return [Installation(joint[0].parent, joint[0], joint[0], (), ())]
             pair = safe_pair(left, kind, compiler, fits=bool(vetted.fits))
         if pair is None:
             say.warning("serving with SGLang's own configuration, which may not run: nothing is known to fit this card")
             return []
         say.warning("serving with a configuration that fits this card and was not measured")
-        return [install_pair(vetted.tree.triton_folder, pair, home, vetted.tree.version)]
+        return [put(pair, vetted.tree, home, say)]
     except Exception as error:  # as in `prepare`
         say.warning(f"serving with SGLang's own configuration, which was not checked: {foreseen(error).message}")
         return []
 
 
 def safe_pair(situation: Situation, kind: int, compiler: CompileFunction, *, fits: bool) -> Pair | None:
-    """A pair of files that the card can run, for a release that reads two; None where nothing is known to fit.
+    """Files that the card can run; None where nothing is known to fit.
 
     Args:
         fits: SGLang's own choices do: then they are written out, to stand before a file that could not be moved away.

@@ -43,7 +43,7 @@ class Situation:
         """The batch sizes M that a server on that kind of card needs rows for."""
         workload = self.decisions[kind].workload
         card = self.cards[kind][0]
-        return ladder(self.flags, card, self.tree.version, workload) if workload is not None else ()
+        return ladder(self.flags, card, self.tree.release, workload) if workload is not None else ()
 
 
 def look_around(
@@ -73,5 +73,5 @@ def look_around(
     tree = find_tree(str(sglang_root) if sglang_root else None, None, home / "cache", fetch=False)
     by_kind = kinds(cards)
     return Situation(
-        model, flags, tree, by_kind, tuple(decide(model, flags, kind[0], tree.version) for kind in by_kind)
+        model, flags, tree, by_kind, tuple(decide(model, flags, kind[0], tree.release) for kind in by_kind)
     )

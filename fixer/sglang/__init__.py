@@ -1,1 +1,1 @@
-"""What moefix reads of SGLang: releases, flags, tree, look-up, tuning files, log lines. Uses machine and base."""
+"""SGLang as it lies on disk: its releases, its tree, and its own functions."""

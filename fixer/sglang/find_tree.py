@@ -10,12 +10,16 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from fixer.base.errors import SGLangError
 from fixer.base.text import harmless
+from fixer.sglang.lookup import LOOKUP_SOURCES
 from fixer.sglang.releases import PINNED, RELEASES, Release
-from fixer.sglang.tree import CONFIG_FOLDERS, KERNEL_SOURCES, LOOKUP_SOURCES, Tree
+from fixer.sglang.tree import CALLERS, CONFIG_FOLDERS, KERNEL_SOURCES, Tree, nearest_tree
+from fixer.sglang.triton_version import triton_of
 
 VERSION_SOURCES = ("_version.py", "version.py")
 
@@ -32,14 +36,11 @@ def find_tree(root: str | None, version: str | None, cache: Path, *, fetch: bool
     Raises:
         SGLangError: there is none, or it is not SGLang.
     """
-    if root is not None:
-        return tree_at(Path(root))
+    found = tree_at(Path(root)) if root is not None else installed_tree()
+    if found is not None and (root is not None or version in (None, found.version)):
+        return replace(found, nearest=partial(nearest_tree, found.release, cache, fetch))
     if version is not None:
-        installed = installed_tree()
-        return installed if installed and installed.version == version else fetched_tree(version, cache)
-    installed = installed_tree()
-    if installed is not None:
-        return installed
+        return fetched_tree(version, cache)
     if not fetch:
         raise SGLangError(
             "SGLang is not installed in this Python environment.",
@@ -68,7 +69,7 @@ def tree_at(root: Path) -> Tree:
     for package in (root, root / "sglang", root / "python" / "sglang"):
         if (package / "srt").is_dir():
             version = _version_of(package)
-            return Tree(package.resolve(), version, _triton_of(version))
+            return Tree(package.resolve(), version, triton_of(package.resolve(), version))
     raise SGLangError(
         f"There is no SGLang in {root}.", "--sglang-root takes the folder that holds sglang/srt, or a source checkout."
     )
@@ -87,17 +88,6 @@ def _version_of(package: Path) -> str:
         raise SGLangError(
             f"SGLang in {package} does not say which version it is.", "Install it, or check out a release tag."
         ) from None
-
-
-def _triton_of(version: str) -> str:
-    """The Triton that runs with an SGLang tree: the installed one beside an installed SGLang, else the release's."""
-    spec = importlib.util.find_spec("sglang")
-    if spec is not None or version not in RELEASES:
-        try:
-            return importlib.metadata.version("triton")
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    return RELEASES.get(version, RELEASES[PINNED]).triton
 
 
 def fetched_tree(version: str, cache: Path) -> Tree:
@@ -135,9 +125,9 @@ def _fetch(release: Release, home: Path) -> None:
 
 def _wanted(name: str) -> bool:
     relative = name.removeprefix("sglang/")
-    if relative in (*LOOKUP_SOURCES, *KERNEL_SOURCES, *VERSION_SOURCES):
+    if relative in (*LOOKUP_SOURCES, *CALLERS, *KERNEL_SOURCES, *VERSION_SOURCES):
         return True
-    return relative.endswith(".json") and relative.startswith(tuple(folder + "/triton_" for folder in CONFIG_FOLDERS))
+    return relative.endswith(".json") and relative.startswith(tuple(folder + "/" for folder in CONFIG_FOLDERS))
 
 
 def _download(release: Release, scratch: Path) -> Path:
@@ -145,7 +135,7 @@ def _download(release: Release, scratch: Path) -> Path:
     requirements.write_text(f"sglang=={release.version} --hash=sha256:{release.wheel_sha256}\n")
     # One wheel for every machine: it is only read, so neither this machine's Python nor its processor matters.
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary=:all:", "--require-hashes", "--implementation", "cp", "--python-version", release.python]
+    command += ["--only-binary=:all:", "--require-hashes", "--implementation", "cp", "--python-version", "3.11"]
     command += ["--platform", "manylinux_2_34_x86_64", "--dest", str(scratch), "--requirement", str(requirements)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     wheels = list(scratch.glob("sglang-*.whl"))

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from fixer.base.errors import SGLangError
 from fixer.machine.cards import Card
-from fixer.sglang.tree import Lookup, Tree
-from fixer.sglang.tuning_files import nearest_row, read_rows
+from fixer.sglang.lookup import Chosen, World
+from fixer.sglang.tree import Lookup, Tree, check_rows
 from fixer.workload import Tile, Workload
 
 
@@ -24,37 +22,25 @@ class OwnChoice:
 
 
 def own_choices(tree: Tree, lookup: Lookup, workload: Workload, card: Card) -> Callable[[int], OwnChoice]:
-    """SGLang's own configuration of both projections as a function of M (CFG:264-341).
+    """SGLang's own configuration of both projections as a function of M, by its own functions.
 
-    The files are read once. The down projection's BLOCK_SIZE_M is forced to the gate-up's, since both share one
-    sorting of tokens; a missing down file means the gate-up file's rows.
+    Args:
+        lookup: the files to choose from, which need not be those that the tree finds.
 
     Raises:
-        SGLangError: a file that SGLang would read cannot be used.
+        SGLangError: a file that SGLang would read cannot be used. From the function: where SGLang would stop.
     """
-    up_rows = _usable_rows(lookup.gate_up_path)
-    down_rows = _usable_rows(lookup.down_path)
+    files = {lookup.gate_up: lookup.gate_up_path, lookup.down: lookup.down_path}
+    for path in files.values():
+        check_rows(path)
+    asking = tree.own_lookup.ask(workload, World(card, tree.triton, Chosen(files), content=None))
+    up_source = str(lookup.gate_up_path or "default")
+    down_source = str(lookup.down_path or up_source)
 
     def choose(tokens: int) -> OwnChoice:
-        up, up_source = tree.default_tile(workload, card, tokens), "default"
-        if up_rows is not None:
-            up, up_source = nearest_row(up_rows, tokens), str(lookup.gate_up_path)
-        # Without a file of its own the down projection reuses the gate-up's row, but never its TMA (CFG:142-161).
-        down, down_source = replace(up, use_tma=False), up_source
-        if down_rows is not None:
-            chosen = nearest_row(down_rows, tokens)
-            down, down_source = replace(chosen, block_m=up.block_m), str(lookup.down_path)
+        rows = asking.rows(tokens)
+        up = Tile.from_json(rows.gate_up)
+        down = replace(up, use_tma=False) if rows.down is None else Tile.from_json(rows.down)
         return OwnChoice(up, down, up_source, down_source)
 
     return choose
-
-
-def _usable_rows(path: Path | None) -> dict[int, Tile] | None:
-    if path is None:
-        return None
-    try:
-        return read_rows(path)
-    except ValueError as error:
-        raise SGLangError(
-            f"SGLang would read {path} and fail: {error}.", "Move that file away, or tune again with --fresh."
-        ) from error

@@ -1,44 +1,44 @@
-"""All that moefix knows of SGLang's tree: where it lies, its kernel's source, its tuning files and its defaults.
+"""SGLang's tree: where it lies, its kernel's source, its tuning files, and what it does with them.
 
-Nothing of SGLang is imported. What differs between releases is read off the tree itself where the tree shows it
-(a folder that is there, a word in the source of the look-up), so that a release between those tested is served too.
-Tested against 0.4.9, 0.5.17 and 0.5.23. Line numbers below are of 0.5.17, in `fused_moe_triton_config.py` (CFG).
+Nothing of SGLang is imported, and no rule of its look-up is written here: the tree's own functions are cut out and run
+(`fixer.sglang.lookup`), so that a release that nobody tried is served too.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from fixer.base.errors import SGLangError
 from fixer.machine.cards import Card
+from fixer.sglang.cut import UnknownFormError
+from fixer.sglang.find_tree import fetched_tree
+from fixer.sglang.lookup import (
+    CALLER,
+    CONFIG_DIR_VARIABLE,
+    LOOKUP_SOURCES,
+    Asking,
+    Chosen,
+    Disk,
+    Files,
+    OwnLookup,
+    World,
+    lookup_source,
+)
+from fixer.sglang.releases import nearest, placed
 from fixer.sglang.tuning_files import read_rows
 from fixer.workload import NumberFormat, Projection, Tile, Workload
-
-LOW_SHARED_MEMORY = 128 * 1024
-"""Cards whose opt-in shared memory is below this get the small FP8 default, in bytes (CFG:19)."""
-
-CONFIG_DIR_VARIABLE = "SGLANG_MOE_CONFIG_DIR"
-"""Names a folder that REPLACES SGLang's own tree of tuning files (CFG:91)."""
-
-
-BEFORE_MOEFIX = ".before-moefix"
-"""What moefix appends to the name of a file that it replaces; empty where there was none."""
-
 
 CONFIG_FOLDERS = (
     "srt/layers/moe/moe_runner/triton_utils/configs",
     "srt/layers/moe/fused_moe_triton/configs",
-)
-LOOKUP_SOURCES = (
-    "srt/layers/moe/moe_runner/triton_utils/fused_moe_triton_config.py",
-    "srt/layers/moe/fused_moe_triton/fused_moe_triton_config.py",
-    "srt/layers/moe/fused_moe_triton/fused_moe.py",
 )
 KERNEL_SOURCES = (
     "kernels/ops/moe/fused_moe_triton_kernels.py",
@@ -46,6 +46,7 @@ KERNEL_SOURCES = (
     "srt/layers/moe/fused_moe_triton/fused_moe_triton_kernels.py",
     "srt/layers/moe/fused_moe_triton/fused_moe.py",
 )
+CALLERS = tuple(f"{os.path.dirname(relative)}/{CALLER}" for relative in LOOKUP_SOURCES)
 
 
 class Found(Enum):
@@ -96,6 +97,13 @@ _FILE_NAME = re.compile(
 )
 
 
+_NVIDIA = "E=*device_name=NVIDIA*.json"
+
+_PROBE = Workload(8, 512, 1024, 2)
+_ANY_CARD = Card("any card", (9, 0), 1 << 20, 0)
+"""Where SGLang looks depends neither on the layer nor on the card."""
+
+
 @dataclass(frozen=True)
 class Tree:
     """One SGLang package folder (the one that holds `srt/`).
@@ -105,30 +113,95 @@ class Tree:
         version: SGLang's version ("0.5.17").
         triton: the Triton version that names the folder of tuning files.
         ignored: tuning files to look past: they are bad and could not be moved away (`fixer.artefacts.check_files`).
+        nearest: gives the tree of the nearest known release, to guess by where this one's look-up is not known.
     """
 
     package: Path
     version: str
     triton: str
     ignored: frozenset[Path] = frozenset()
+    nearest: Callable[[], Tree] | None = field(default=None, compare=False, repr=False)
+
+    @cached_property
+    def release(self) -> str:
+        """The release whose rules hold: the version, or for one that says nothing what the tree's files place it as."""
+        return placed(self.package, self.version)
+
+    @cached_property
+    def own_lookup(self) -> OwnLookup:
+        """The release's own look-up, cut out; for a form that is not known the nearest release's, marked as a guess.
+
+        Raises:
+            UnknownFormError: it is not of a form that moefix knows, and there is no other to guess by.
+        """
+        try:
+            own = OwnLookup.of(self.package)
+            own.ask(_PROBE, self._world(_ANY_CARD)).rows(1)
+        except UnknownFormError as fault:
+            return self._guess(fault)
+        return own
+
+    def _guess(self, fault: UnknownFormError) -> OwnLookup:
+        if self.nearest is None:
+            raise fault
+        place = lookup_source(self.package)
+        try:
+            other = self.nearest()
+            own = OwnLookup.of(other.package)
+        except SGLangError:
+            raise fault from None
+        return replace(own, place=place, guess=f"{fault.message} Guessed by the rules of SGLang {other.version}.")
+
+    @property
+    def guess(self) -> str:
+        """ "" where the look-up is the tree's own; else what in it is not known, and by whose rules is guessed."""
+        return self.own_lookup.guess
+
+    def _world(self, card: Card, files: Files | None = None, **more: Any) -> World:
+        return World(card, self.triton, Chosen({}) if files is None else files, **more)
+
+    def _probe(self, **more: Any) -> Asking:
+        """Asked for any layer on any card: where SGLang looks, and for how many files."""
+        asking = self.own_lookup.ask(_PROBE, self._world(_ANY_CARD, **more))
+        asking.rows(1)
+        return asking
+
+    @cached_property
+    def triton_folder(self) -> Path:
+        """Where SGLang looks first, honouring SGLANG_MOE_CONFIG_DIR as the release does; it need not exist yet.
+
+        The running Triton's folder, but for 0.4.6, which has one folder for all.
+        """
+        return self._probe().folder
 
     @cached_property
     def configs(self) -> Path:
-        """The folder that holds `triton_*` folders of tuning files, honouring SGLANG_MOE_CONFIG_DIR as SGLang does."""
-        override = os.environ.get(CONFIG_DIR_VARIABLE)
-        if override and self.reads_config_dir_variable:
-            return Path(override) / "configs"
-        return self.shipped_configs
+        """The folder `configs` that holds all tuning files, SGLang's own or the one of SGLANG_MOE_CONFIG_DIR."""
+        return _up_to_configs(self.triton_folder)
 
     @cached_property
     def shipped_configs(self) -> Path:
         """The folder of the tuning files in the package itself."""
-        return self._first(CONFIG_FOLDERS, "its folder of MoE tuning files")
+        return _up_to_configs(self._probe(environ={}).folder)
 
-    @property
-    def triton_folder(self) -> Path:
-        """The running Triton's folder of tuning files; it need not exist yet."""
-        return self.configs / _triton_folder(self.triton)
+    @cached_property
+    def reads_down_file(self) -> bool:
+        """The down projection has a file of its own (up to 0.5.4.post1 there is one joint file)."""
+        return self._probe().down != ""
+
+    @cached_property
+    def reads_config_dir_variable(self) -> bool:
+        """SGLANG_MOE_CONFIG_DIR is honoured (from 0.5.3)."""
+        elsewhere = os.path.abspath(os.sep + "elsewhere")
+        return self._probe(environ={CONFIG_DIR_VARIABLE: elsewhere}).folder.is_relative_to(elsewhere)
+
+    @cached_property
+    def takes_gate_up_tma(self) -> bool:
+        """USE_TMA may stand in a gate-up file (from 0.5.18; before, it reaches a kernel without such an argument)."""
+        row = Tile(16, 32, 64, 1, 4, 3, use_tma=True).to_json()
+        files = Chosen({self._probe().gate_up: Path()})
+        asking = self.own_lookup.ask(_PROBE, self._world(_ANY_CARD, files, content=json.dumps({"1": row})))
+        return not asking.rows(1).leaves_tma
 
     @cached_property
     def kernel_source(self) -> Path:
@@ -142,94 +215,47 @@ class Tree:
             "Use a supported release (README: tested releases), or name the folder with --sglang-root.",
         )
 
-    @cached_property
-    def _lookup_text(self) -> str:
-        return self._first(LOOKUP_SOURCES, "the look-up of MoE tuning files").read_text("utf-8")
-
-    @property
-    def names_per_channel(self) -> bool:
-        """File names say `per_channel_quant=True` (0.4.9 does not)."""
-        return ",per_channel_quant=True" in self._lookup_text
-
-    @property
-    def reads_down_file(self) -> bool:
-        """The down projection has a file of its own (0.4.9 has one joint file)."""
-        return '"_down"' in self._lookup_text
-
-    @property
-    def has_low_shared_memory_default(self) -> bool:
-        """The small FP8 default for cards under 128 KiB (since 0.5.14)."""
-        return "_use_low_smem_fp8_default" in self._lookup_text
-
-    @property
-    def reads_config_dir_variable(self) -> bool:
-        """SGLANG_MOE_CONFIG_DIR is honoured (0.4.9 does not)."""
-        return CONFIG_DIR_VARIABLE in self._lookup_text
-
-    def _first(self, relatives: tuple[str, ...], what: str) -> Path:
-        for relative in relatives:
-            path = self.package / relative
-            if path.exists():
-                return path
-        raise SGLangError(
-            f"SGLang {self.version} in {self.package} lacks {what}.",
-            "Name the folder of a complete SGLang with --sglang-root.",
-        )
-
     def file_name(self, workload: Workload, card: Card, projection: Projection) -> str:
-        """The tuning file's name to the letter (CFG:44-58); "" where this release reads none for the projection."""
-        if projection is Projection.DOWN and not self.reads_down_file:
-            return ""
-        parts = [f"E={workload.experts},N={workload.intermediate},device_name={card.sglang_name}"]
-        if workload.number_format is not NumberFormat.NONE:
-            parts.append(f"dtype={workload.number_format.value}")
-        if workload.block_shape is not None and all(workload.block_shape):
-            # SGLang writes a Python list there, blank included.
-            parts.append(f"block_shape={list(workload.block_shape)}")
-        if workload.per_channel_quant and self.names_per_channel:
-            parts.append("per_channel_quant=True")
-        return ",".join(parts) + ("_down" if projection is Projection.DOWN else "") + ".json"
+        """The tuning file's name to the letter; "" where this release reads none for the projection."""
+        asking = self.own_lookup.ask(workload, self._world(card))
+        asking.rows(1)
+        return asking.down if projection is Projection.DOWN else asking.gate_up
 
     def lookup(self, workload: Workload, card: Card, *, without_moefix: bool = False) -> Lookup:
-        """Follow SGLang's search: the running Triton's folder, then every other, newest first (CFG:91-140).
+        """Follow SGLang's search, by its own functions.
 
         Args:
             without_moefix: look past what moefix installed, as if it had never run: the file that was there before,
                 or none.
+
+        Raises:
+            UnknownFormError: the look-up is not of a form that moefix knows.
+            LookupStopsError: SGLang's own search ends in an error.
         """
-        find = self._find_before_moefix if without_moefix else self._find
-        up_name = self.file_name(workload, card, Projection.GATE_UP)
-        down_name = self.file_name(workload, card, Projection.DOWN)
-        up_path = find(up_name)
-        down_path = find(down_name) if down_name else None
+        asking = self.own_lookup.ask(workload, self._world(card, Disk(self.ignored, without_moefix)))
+        asking.rows(1)
+        folder, up_path = asking.folder, asking.opened(asking.gate_up)
         found = Found.NONE
         if up_path is not None:
-            found = Found.SHIPPED if up_path.parent == self.triton_folder else Found.OTHER_TRITON
-        return Lookup(f"configs/{_triton_folder(self.triton)}", up_name, down_name, found, up_path, down_path)
+            found = Found.SHIPPED if up_path.parent == folder else Found.OTHER_TRITON
+        return Lookup(
+            folder.relative_to(_up_to_configs(folder).parent).as_posix(),
+            asking.gate_up,
+            asking.down,
+            found,
+            up_path,
+            asking.opened(asking.down),
+        )
 
-    def _folders(self) -> list[Path]:
-        """Where SGLang looks, in its order."""
-        others = sorted(self.configs.glob("triton_*"), key=_version_of_folder, reverse=True)
-        return [self.triton_folder, *(folder for folder in others if folder != self.triton_folder)]
-
-    def _find(self, name: str) -> Path | None:
-        paths = (folder / name for folder in self._folders())
-        return next((path for path in paths if path not in self.ignored and path.exists()), None)
-
-    def _find_before_moefix(self, name: str) -> Path | None:
-        for folder in self._folders():  # moefix may have tuned under an earlier Triton too
-            before = folder / (name + BEFORE_MOEFIX)
-            if not before.exists():
-                before = folder / name
-            elif before.stat().st_size == 0:
-                continue  # there was no file of that name here, so SGLang went on to the other folders
-            if before not in self.ignored and before.exists():
-                return before
-        return None
+    def deterministic_tile(self, workload: Workload, card: Card) -> Tile:
+        """What `--enable-deterministic-inference` runs for every M."""
+        asking = self.own_lookup.ask(workload, self._world(card, deterministic=True))
+        return Tile.from_json(asking.rows(1).gate_up)
 
     def shipped_files(self) -> Iterator[TuningFile]:
         """Every tuning file for an NVIDIA card that SGLang ships and that can be read, in a stable order."""
-        for path in sorted(self.shipped_configs.glob("triton_*/E=*device_name=NVIDIA*.json")):
+        configs = self.shipped_configs
+        for path in sorted((*configs.glob(_NVIDIA), *configs.glob("triton_*/" + _NVIDIA))):
             match = _FILE_NAME.fullmatch(path.name)
             if match is None or (match["dtype"] or "none") not in _FORMATS:
                 continue
@@ -248,18 +274,6 @@ class Tree:
                 projection=Projection.DOWN if match["down"] else Projection.GATE_UP,
                 rows=rows,
             )
-
-    def default_tile(self, workload: Workload, card: Card, tokens: int) -> Tile:
-        """The configuration that SGLang computes for M = `tokens` where it finds no file (CFG:180-261)."""
-        small = tokens <= workload.experts
-        if workload.number_format is not NumberFormat.FP8_W8A8:
-            return Tile(16, 32, 64, 1) if small else Tile(64, 64, 32, 8)
-        if workload.block_shape is not None:
-            block_n, block_k = workload.block_shape
-            return Tile(64, block_n, block_k, 32, 4, 3)
-        if self.has_low_shared_memory_default and card.shared_memory < LOW_SHARED_MEMORY:
-            return Tile(32, 64, 256, 1, 4, 4) if small else Tile(64, 128, 256, 64, 4, 2)
-        return Tile(64, 128, 128, 1, 4, 4) if small else Tile(128, 256, 128, 32, 8, 4)
 
 
 _FORMATS = {number_format.value for number_format in NumberFormat}
@@ -309,10 +323,22 @@ def workload_of_name(name: str, base: Workload) -> Workload:
     )
 
 
-def _triton_folder(triton: str) -> str:
-    return "triton_" + triton.replace(".", "_")
+def _up_to_configs(folder: Path) -> Path:
+    return next((each for each in (folder, *folder.parents) if each.name == "configs"), folder)
 
 
-def _version_of_folder(folder: Path) -> tuple[int, ...]:
-    digits = folder.name.removeprefix("triton_").split("_")
-    return tuple(int(part) if part.isdigit() else -1 for part in digits)
+def check_rows(path: Path | None) -> None:
+    try:
+        if path is not None:
+            read_rows(path)
+    except ValueError as error:
+        raise SGLangError(
+            f"SGLang would read {path} and fail: {error}.", "Move that file away, or tune again with --fresh."
+        ) from error
+
+
+def nearest_tree(release: str, cache: Path, fetch: bool) -> Tree:
+    known = nearest(release)
+    if not fetch and not known.is_kept(cache):
+        raise SGLangError(f"SGLang {known.version} is not in the cache")
+    return fetched_tree(known.version, cache)

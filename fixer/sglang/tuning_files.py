@@ -31,7 +31,7 @@ def read_rows(path: Path) -> dict[int, Tile]:
 
 
 def nearest_row(rows: Mapping[int, Tile], tokens: int) -> Tile:
-    """SGLang's choice for M = `tokens`: the nearest key, the first one of a tie, no interpolation (CFG:300)."""
+    """The row of a file that is nearest to M = `tokens`, the first one of a tie."""
     return rows[min(rows, key=lambda key: abs(key - tokens))]
 
 

@@ -54,7 +54,9 @@ class Job:
     @cached_property
     def target(self) -> Target:
         """What to compile for."""
-        return Target(read_kernel_source(self.tree.kernel_source), self.card.arch, self.home / "kernels")
+        return Target(
+            read_kernel_source(self.tree.kernel_source), self.card.arch, self.home / "kernels", self.card.name
+        )
 
     @cached_property
     def environment(self) -> Environment:

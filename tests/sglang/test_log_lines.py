@@ -5,7 +5,7 @@ import ast
 import pytest
 
 from fixer.sglang.log_lines import LONGEST_PATH, MARKERS, WORDING, Said, read_line
-from fixer.sglang.tree import LOOKUP_SOURCES
+from fixer.sglang.lookup import LOOKUP_SOURCES
 from tests.support.log_lines import STAMP, line_of
 
 NAME = "E=128,N=768,device_name=NVIDIA_H200,dtype=fp8_w8a8,block_shape=[128, 128].json"

@@ -82,7 +82,7 @@ def ask(situation: Situation, argv: Sequence[str], home: Path, limit: float = LI
     if parse_flags(_kept(argv)).skip_server_warmup:
         raise SGLangError("SGLang cannot be asked while its --config file has skip-server-warmup")
     port = free_port()
-    words = asking_flags(argv, situation.model, flags, situation.tree.version, port)
+    words = asking_flags(argv, situation.model, flags, situation.tree.release, port)
     with _server(server_command(words), home / "ask.log") as server:
         return _conversation(server, situation, limit)
 

@@ -15,7 +15,15 @@ import torch
 from fixer.base.errors import CardError, TuneError
 from fixer.base.progress import tell
 from fixer.kernel.arguments import LaunchContext, Product, Role, launch_arguments, padded_tokens
-from fixer.kernel.compile import Candidate, Target, complaint, compute_type, kernel_function, warm_kernel
+from fixer.kernel.compile import (
+    Candidate,
+    Target,
+    complaint,
+    compute_type,
+    kernel_function,
+    swaps_operands,
+    warm_kernel,
+)
 from fixer.tuning.duel import Duel, KernelDuel, Via, rounds_for
 from fixer.tuning.measure.clock import Clock, Graph
 from fixer.tuning.measure.memory import COLD_FACTOR, needed_bytes, rotations, smallest_rotation, with_spare
@@ -195,7 +203,8 @@ class Bench:
         product = Product(workload, loaded.kernel.projection, tokens)
         function = kernel_function(self.setup.target, workload)
         names = [parameter.name for parameter in function.params]
-        context = LaunchContext(self.setup.target.arch, compute_type(workload))
+        target = self.setup.target
+        context = LaunchContext(target.arch, compute_type(workload), swap_ab=swaps_operands(target, workload, tile))
         arguments = launch_arguments(names, product, tile, tensors, context)
         values = [arguments[name] for name in names]
         blocks = -(-tensors[Role.SORTED_TOKEN_IDS].shape[0] // tile.block_m) * -(-product.columns // tile.block_n)
