@@ -223,7 +223,7 @@ DUEL_SECONDS = 120.0
 
 def _layer(subject: Subject) -> Factory:
     from fixer.kernel.cache import server_triton_cache
-    from fixer.tuning.session import build_layer
+    from fixer.tuning.comparison import build_layer
 
     package = importable_package(subject.situation)
     if package is None:

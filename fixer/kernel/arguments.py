@@ -233,6 +233,7 @@ class LaunchContext:
         descriptors: the tensor descriptors of A and B where the tile asks for TMA, else None.
         valid_tokens: the kernel's `num_valid_tokens`; None for M * top_k.
         swap_ab: SGLang swaps the operands of an FP8 launch of this tile (Hopper's wide instruction wants 64 rows).
+        sorted_output: C's rows lie in the sorted order, for a down kernel that reads them through a descriptor.
     """
 
     arch: int
@@ -240,6 +241,7 @@ class LaunchContext:
     descriptors: tuple[Any, Any] | None = None
     valid_tokens: int | None = None
     swap_ab: bool = False
+    sorted_output: bool = False
 
 
 def launch_arguments(
@@ -342,7 +344,7 @@ def _fused_arguments(
         "use_int8_w8a8": workload.number_format is NumberFormat.INT8_W8A8,
         "use_int8_w8a16": workload.number_format is NumberFormat.INT8_W8A16,
         "per_channel_quant": workload.per_channel_quant,
-        "c_sorted": False,
+        "c_sorted": context.sorted_output,
         "swap_ab": is_fp8 and context.swap_ab,
         "FUSE_ADD_TO_OUTPUT": False,
         "MASK_OUTPUT": False,

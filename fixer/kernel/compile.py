@@ -8,7 +8,7 @@ here is the server's own cache entry.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -61,12 +61,14 @@ class Candidate:
 
     `tokens` is None for a compilation that is valid for every M (the token counts are taken as divisible by
     nothing), or the M whose exact argument specialisation is wanted, as the server's own launch would have it.
+    `sorted_output`: a gate-up kernel before a down kernel with tensor descriptors, which reads rows in sorted order.
     """
 
     workload: Workload
     projection: Projection
     tile: Tile
     tokens: int | None = None
+    sorted_output: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,9 +183,10 @@ def compile_arguments(function: Any, target: Target, candidate: Candidate) -> di
     context = LaunchContext(
         arch=target.arch,
         compute_type=compute_type(workload),
-        descriptors=_descriptors(product, tile, tensors) if tile.use_tma else None,
-        valid_tokens=_ANY_TOKENS if anything else None,
         swap_ab=swaps_operands(target, workload, tile),
+        descriptors=tensor_descriptors(product, tile, tensors[Role.A], tensors[Role.B]),
+        valid_tokens=_ANY_TOKENS if anything else None,
+        sorted_output=candidate.sorted_output,
     )
     return launch_arguments([parameter.name for parameter in function.params], product, tile, tensors, context)
 
@@ -195,13 +198,18 @@ def compute_type(workload: Workload) -> Any:
     return tl.bfloat16 if workload.activation_dtype == "bfloat16" else tl.float16
 
 
-def _descriptors(product: Product, tile: Tile, tensors: Mapping[Role, Any]) -> tuple[Any, Any]:
-    """The tensor descriptors of A and B; the gate-up projection loads its scattered rows of A by pointers."""
+def tensor_descriptors(product: Product, tile: Tile, a: Any, b: Any) -> tuple[Any, Any] | None:
+    """The descriptors of A and B where a tile asks for them, else None.
+
+    The gate-up product gathers its rows, so that only its weights can be described (fused_moe.py:627 of 0.5.18).
+    """
+    if not tile.use_tma:
+        return None
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     def describe(tensor: Any, block: list[int]) -> Any:
         strides = [tensor.stride(dimension) for dimension in range(len(tensor.shape))]
         return TensorDescriptor(tensor, list(tensor.shape), strides, block)
 
-    a = None if product.is_up else describe(tensors[Role.A], [tile.block_m, tile.block_k])
-    return a, describe(tensors[Role.B], [1, tile.block_n, tile.block_k])
+    described = None if product.is_up else describe(a, [tile.block_m, tile.block_k])
+    return described, describe(b, [1, tile.block_n, tile.block_k])

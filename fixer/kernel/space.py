@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from fixer.kernel.arguments import ElementType, operand_types
-from fixer.workload import Tile, Workload
+from fixer.workload import NumberFormat, Projection, Tile, Workload
 
 AXES: dict[str, tuple[int, ...]] = {
     "block_m": (16, 32, 64, 128, 256),
@@ -20,6 +20,10 @@ AXES: dict[str, tuple[int, ...]] = {
 }
 """SGLang's own tuning space (its tuning script's `get_configs_compute_bound`), 1920 configurations."""
 
+
+DESCRIPTOR_TOKENS = 256
+"""Tensor descriptors are tried from this M on. Gains are reported at prefill sizes (10 to 28 %), and NaN at M = 1 and 2
+(on another card)."""
 
 FAR_STEPS = ("group_m", "num_stages")
 """Axes along which every other value is one step away: their landscape has valleys (128x128x128 with 4 warps gets
@@ -41,13 +45,19 @@ class Space:
 
     Attributes:
         workload: block-wise scales bind BLOCK_SIZE_K: a step along K must stay within one block's scale.
+        descriptors: the projections that may load through tensor descriptors; see `descriptor_projections`.
     """
 
     workload: Workload
+    descriptors: frozenset[Projection] = frozenset()
 
-    def allows(self, tile: Tile) -> bool:
-        """Whether a tile computes the right result and can be fast (a spilling accumulator never is)."""
-        if always_spills(tile) or tile.use_tma:
+    def allows(self, tile: Tile, projection: Projection | None = None) -> bool:
+        """Whether a tile computes the right result and can be fast (a spilling accumulator never is).
+
+        Args:
+            projection: None for either, which then has no descriptors.
+        """
+        if always_spills(tile) or (tile.use_tma and projection not in self.descriptors):
             return False
         block_shape = self.workload.block_shape
         return block_shape is None or block_shape[1] % tile.block_k == 0
@@ -59,13 +69,15 @@ class Space:
             if self.allows(tile):
                 yield tile
 
-    def steps(self, tile: Tile) -> Iterator[tuple[Step, Tile]]:
+    def steps(self, tile: Tile, projection: Projection | None = None) -> Iterator[tuple[Step, Tile]]:
         """The allowed configurations one step away, each with the step that leads to it."""
+        if projection in self.descriptors:
+            yield Step("use_tma", int(tile.use_tma), int(not tile.use_tma)), replace(tile, use_tma=not tile.use_tma)
         for axis, values in AXES.items():
             value = getattr(tile, axis)
             for after in _one_step_away(axis, value, values):
-                neighbour = replace(tile, **{axis: after}, use_tma=False)
-                if self.allows(neighbour):
+                neighbour = replace(tile, **{axis: after}, use_tma=tile.use_tma and projection in self.descriptors)
+                if self.allows(neighbour, projection):
                     yield Step(axis, value, after), neighbour
 
     def neighbours(self, tile: Tile) -> Iterator[Tile]:
@@ -78,6 +90,26 @@ def _one_step_away(axis: str, value: int, values: tuple[int, ...]) -> list[int]:
     smaller = [other for other in values if other < value]
     larger = [other for other in values if other > value]
     return [*smaller, *larger] if axis in FAR_STEPS else [*smaller[-1:], *larger[:1]]
+
+
+def descriptor_projections(
+    workload: Workload, capability: tuple[int, int], taken: frozenset[Projection]
+) -> frozenset[Projection]:
+    """The projections that are worth trying with tensor descriptors.
+
+    Args:
+        capability: the card's; descriptors are hardware from 9.0 on.
+        taken: what the release takes them for (`Tree.takes_descriptors`).
+
+    The down product then reads its rows in sorted order, scales included. Of one scale a row or a tensor SGLang makes
+    something else there (a row's is read in token order, a tensor's is taken over the padding too), and rows of experts
+    on other ranks are zeroed in token order: such layers come out wrong, so they are not tried (0.5.17 and 0.5.18,
+    fused_moe_triton_kernels.py: `a_desc`, `write_zeros_to_output`).
+    """
+    if capability < (9, 0) or workload.group_size or workload.number_format is NumberFormat.FLOAT32:
+        return frozenset()
+    sorts = workload.ep_size == 1 and (workload.number_format is NumberFormat.NONE or workload.block_shape is not None)
+    return frozenset(p for p in taken if p is Projection.GATE_UP or sorts)
 
 
 def distance(a: Tile, b: Tile) -> float:
@@ -107,6 +139,8 @@ def makes_sense(tile: Tile, workload: Workload, tokens: int) -> bool:
     lower loads the expert's weights over and over. In the H100 landscape the best block height is never more
     than 16 t (32 where t is below 2) and never less than t / 4; the margins leave room for skewed routing.
     """
+    if tile.use_tma and tokens < DESCRIPTOR_TOKENS:
+        return False
     mean = tokens_per_expert(workload, tokens)
     return min(mean / 4, TALL) <= tile.block_m <= max(32.0, 16 * mean)
 
@@ -120,6 +154,7 @@ def impossible_after(refused: Tile, tile: Tile) -> bool:
     return (
         tile.num_warps == refused.num_warps
         and tile.group_m == refused.group_m
+        and tile.use_tma == refused.use_tma
         and tile.block_m >= refused.block_m
         and tile.block_n >= refused.block_n
         and tile.block_k >= refused.block_k

@@ -26,8 +26,6 @@ from fixer.sglang.own_choices import OwnChoice, own_choices
 from fixer.sglang.tree import Found, Lookup, Tree
 from fixer.workload import BOTH, Projection, Tile, TilePair, Workload
 
-
-
 # --- making it -------------------------------------------------------------------------------------------------------
 
 

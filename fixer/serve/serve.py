@@ -92,6 +92,13 @@ def put(pair: Pair, tree: Tree, home: Path, say: Voice) -> Installation:
     return installation
 
 
+def is_answered(kept: Artefact, rows: Sequence[int]) -> bool:
+    """Whether a kept artefact, which holds here, was measured and has every row that a server needs."""
+    from fixer.artefacts.gains import covers
+
+    return kept.measured and covers(kept, rows)
+
+
 def tune_only(
     argv: Sequence[str], options: MoefixOptions, *, exhaustive: bool = False, record: Path | None = None
 ) -> list[Artefact]:
@@ -127,9 +134,12 @@ def tune_told(
         rows, known = situation.rows(kind), None
         if not options.fresh:
             known = find_fitting(situation, kind, decision.workload, home, say).artefact
-            rows = with_rows_of(known, rows)
-        wish = Wish(rows, options.fresh, exhaustive, record, known, must_keep=True)
-        artefact = tune_kind(situation, kind, wish, home, say)
+        if known is not None and is_answered(known, rows) and not exhaustive and record is None:
+            say.line(f"tuned before on {known.created}: nothing to measure; --fresh measures anew")
+            artefact = known
+        else:
+            wish = Wish(with_rows_of(known, rows), options.fresh, exhaustive, record, known, must_keep=True)
+            artefact = tune_kind(situation, kind, wish, home, say)
         for name, value in install(artefact, situation, home, say).env:
             say.warning(f"SGLang's tree cannot be written: start the server with {name}={value}")
         artefacts.append(artefact)

@@ -60,15 +60,24 @@ class OwnLayer:
         up, down = (tile.to_json() for tile in self._pair)
         return (up, (down, down["BLOCK_SIZE_M"])) if return_down_config else up
 
-    def choose(self, gate_up: Tile, down: Tile) -> None:
-        """Use these configurations from now on (a captured graph keeps those of its capture)."""
-        self._pair = (gate_up, down)
+    def __call__(
+        self, pair: tuple[Tile, Tile], hidden: Any, weights: LayerWeights, topk_weights: Any, topk_ids: Any
+    ) -> Any:
+        """Run the layer with a pair of configurations, gate-up first.
 
-    def __call__(self, hidden: Any, weights: LayerWeights, topk_weights: Any, topk_ids: Any) -> None:
-        """Run the layer on [tokens, hidden_size], in place."""
+        Args:
+            pair: a captured graph keeps those of its capture.
+            hidden: [tokens, hidden_size]; it is left as it is: SGLang's layer works in place, so it gets a copy.
+
+        Returns:
+            The copy, with what the layer made of it.
+        """
+        self._pair = pair
+        out = hidden.clone()
         self._module.fused_experts_impl(
-            hidden, weights.w1, weights.w2, topk_weights, topk_ids, **weights.scales, **self._flags
+            out, weights.w1, weights.w2, topk_weights, topk_ids, **weights.scales, **self._flags
         )
+        return out
 
 
 class LayerWeights:

@@ -6,6 +6,7 @@ Nothing of SGLang is imported, and no rule of its look-up is written here: the t
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -215,6 +216,22 @@ class Tree:
             "Use a supported release (README: tested releases), or name the folder with --sglang-root.",
         )
 
+    @cached_property
+    def takes_descriptors(self) -> frozenset[Projection]:
+        """The projections whose file may ask for tensor descriptors: down in 0.5.17, both from 0.5.18.
+
+        Of the down file it is read off the layer's source: it takes USE_TMA out before the kernel gets the rest.
+        """
+        path = next((self.package / name for name in CALLERS if (self.package / name).is_file()), None)
+        try:
+            source = ast.parse(path.read_text("utf-8") if path is not None else "")
+        except (OSError, SyntaxError, UnicodeDecodeError):
+            return frozenset()
+        calls = [node for node in ast.walk(source) if isinstance(node, ast.Call)]
+        taken = {ast.unparse(call.func) for call in calls if call.args and ast.unparse(call.args[0]) == "'USE_TMA'"}
+        down = {Projection.DOWN} if "down_config.pop" in taken else set[Projection]()
+        return frozenset(down | ({Projection.GATE_UP} if self.takes_gate_up_tma else set()))
+
     def file_name(self, workload: Workload, card: Card, projection: Projection) -> str:
         """The tuning file's name to the letter; "" where this release reads none for the projection."""
         asking = self.own_lookup.ask(workload, self._world(card))
@@ -328,6 +345,7 @@ def _up_to_configs(folder: Path) -> Path:
 
 
 def check_rows(path: Path | None) -> None:
+    """Raise SGLangError for a tuning file that SGLang would read and fail over."""
     try:
         if path is not None:
             read_rows(path)
@@ -338,6 +356,11 @@ def check_rows(path: Path | None) -> None:
 
 
 def nearest_tree(release: str, cache: Path, fetch: bool) -> Tree:
+    """The tree of the known release that is nearest to another one, from the cache or from PyPI.
+
+    Raises:
+        SGLangError: it is not in the cache, and nothing may be fetched, or fetching failed.
+    """
     known = nearest(release)
     if not fetch and not known.is_kept(cache):
         raise SGLangError(f"SGLang {known.version} is not in the cache")

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+from fixer.base.errors import TuneError
 from fixer.workload import Kernel, TilePair
 
 LEAST_GAIN = 0.003
@@ -28,6 +29,27 @@ class DuelRequest:
     tokens: int
     own: TilePair | None
     tuned: TilePair
+
+    @property
+    def pairs(self) -> tuple[TilePair, ...]:
+        """Both sides, SGLang's own first; one where there is no other."""
+        return (self.tuned,) if self.own is None else (self.own, self.tuned)
+
+
+class PairError(TuneError):
+    """One pair failed in SGLang's own layer: it could not run, or its numbers are wrong.
+
+    Args:
+        pair: which; None where it cannot be said.
+        message: the error.
+    """
+
+    def __init__(self, pair: TilePair | None, message: str) -> None:
+        super().__init__(message)
+        self.pair = pair
+
+    def __reduce__(self) -> tuple[type[PairError], tuple[TilePair | None, str]]:
+        return PairError, (self.pair, self.message)  # it comes through a pipe
 
 
 class Via(Enum):
@@ -66,6 +88,11 @@ class Duel:
     def joined(self, other: Duel) -> Duel:
         """Both duels' times together."""
         return Duel(self.tokens, self.via, self.own + other.own, self.tuned + other.tuned)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a gain that does not clear the noise yet: more rounds would decide."""
+        return bool(self.own) and self.gain >= LEAST_GAIN and not self.is_won
 
     @property
     def is_won(self) -> bool:

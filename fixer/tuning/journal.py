@@ -263,12 +263,14 @@ def _check(holds: bool) -> None:
 def _kernel_key(kernel: Kernel) -> tuple[str, str]:
     tile = kernel.tile
     values = (tile.block_m, tile.block_n, tile.block_k, tile.group_m, tile.num_warps, tile.num_stages)
-    return kernel.projection.value, " ".join(map(str, values))
+    return kernel.projection.value, " ".join(map(str, values)) + (" tma" if tile.use_tma else "")
 
 
 def _kernel(projection: str, tile: str) -> Kernel:
-    block_m, block_n, block_k, group_m, num_warps, num_stages = map(int, tile.split())
-    return Kernel(Projection(projection), Tile(block_m, block_n, block_k, group_m, num_warps, num_stages))
+    plain = tile.removesuffix(" tma")
+    block_m, block_n, block_k, group_m, num_warps, num_stages = map(int, plain.split())
+    values = (block_m, block_n, block_k, group_m, num_warps, num_stages)
+    return Kernel(Projection(projection), Tile(*values, use_tma=plain != tile))
 
 
 class JournaledRunner:

@@ -21,8 +21,9 @@ def server_candidates(workload: Workload, rows: Mapping[int, TilePair], most_tok
         pair = rows[min(rows, key=lambda key: abs(key - tokens))]
         for projection in BOTH:
             tile = pair.gate_up if projection is Projection.GATE_UP else pair.down
-            key = (projection, tile, *_specialisation(workload, projection, tile, tokens))
-            wanted.setdefault(key, Candidate(workload, projection, tile, tokens))
+            is_sorted = projection is Projection.GATE_UP and pair.down.use_tma
+            key = (projection, tile, is_sorted, *_specialisation(workload, projection, tile, tokens))
+            wanted.setdefault(key, Candidate(workload, projection, tile, tokens, is_sorted))
     return list(wanted.values())
 
 

@@ -2,51 +2,41 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fixer.artefacts.artefact import Artefact, Decision, RowChoice
+from fixer.artefacts.artefact import Artefact, RowChoice
 from fixer.artefacts.shelf import earlier_tiles
-from fixer.base.errors import MoefixError, SGLangError, TuneError
+from fixer.base.errors import SGLangError, TuneError
 from fixer.base.files import safe_name, utc_now
 from fixer.base.progress import Progress
 from fixer.kernel.arguments import Product
 from fixer.kernel.cache import server_triton_cache
 from fixer.kernel.compile import Candidate
 from fixer.kernel.pool import AdaptiveDeadline, FixedDeadline
-from fixer.kernel.space import Space
+from fixer.kernel.space import Space, descriptor_projections
 from fixer.machine.driver import occupancy
-from fixer.machine.worker import ChildProcess, Fate, Handler
 from fixer.sglang.own_choices import own_choices
 from fixer.sglang.tree import Lookup
-from fixer.tuning.duel import LEAST_GAIN, Duel, DuelRequest, KernelDuel
+from fixer.tuning.comparison import LayerComparisons, Question
 from fixer.tuning.job import Job, Timeline, Tuned
 from fixer.tuning.journal import Journal, JournaledRunner, RunKey
 from fixer.tuning.measure.memory import CONTEXTS, LARGEST_L2, full_rotation, layer_room, needed_bytes, with_spare
 from fixer.tuning.precompile import server_candidates
-from fixer.tuning.row_choice import row_choice
+from fixer.tuning.row_choice import Finals, alternatives, described_pair
 from fixer.tuning.search.runner import Look, look_closer, run_rounds
 from fixer.tuning.search.search import Limits, Search
 from fixer.tuning.search.seeds import seeds
 from fixer.tuning.search.trials import Outcome
-from fixer.workload import BOTH, Projection, Tile, TilePair, Workload
+from fixer.workload import BOTH, Projection, Tile, TilePair
 
 if TYPE_CHECKING:
     from fixer.tuning.measure.card_runner import CardRunner
-
-DUEL_SECONDS = 60.0
-"""A row's duel may take this long; the first one may build SGLang's own CUDA kernels (see LAYER_START_SECONDS)."""
-
-EXTRA_DUELS = 2
-"""How often a row that is too close to call is timed again."""
-
-
-LAYER_START_SECONDS = 90.0
-"""How long the finals wait for SGLang to be imported before they go on without its layer."""
 
 
 def tune(job: Job, progress: Progress) -> Tuned:
@@ -71,7 +61,6 @@ class _Session:
         self._progress = progress
         self._timeline = Timeline()
         self._notes: list[str] = []
-        self._layer_failed = False
         self._warmed: set[Candidate] = set()
         self._target = job.target
         # What SGLang would run if moefix had never installed anything.
@@ -92,17 +81,16 @@ class _Session:
             journaled = JournaledRunner(runner, journal)
             search = self._search()
             looks = self._run_rounds(search, journaled)
-            self._warm(runner, self._choices(search))
+            busy = ", ".join(f"{seconds:.1f} s" for seconds in runner.busy_seconds)
+            self._progress.note(f"of the search the card was busy for {busy}; the rest it waited for the compiler")
+            self._warm(runner, search)
             look_closer(search, journaled)
             self._timeline.mark("closer looks")
-            chosen = self._choices(search)
-            self._warm(runner, chosen)
+            self._warm(runner, search)
             for _ in runner.finish_compiling():
                 self._progress.advance()
             self._timeline.mark("compiling for the server")
-            rows = self._finals(
-                {tokens: self._alternatives(search, tokens) for tokens in job.rows}, runner, layer, looks
-            )
+            rows = self._finals(search, runner, layer, looks)
             self._timeline.mark("finals")
             best_known = {(timing.kernel, timing.tokens): timing for timing in journal.timings()}
             timings = tuple(timing for (kernel, _), timing in best_known.items() if kernel in looks)
@@ -128,12 +116,10 @@ class _Session:
     # ---- search
 
     def _card_runner(self) -> CardRunner:
-        try:
-            from fixer.tuning.measure.card_runner import CardRunner
-        except ImportError as error:
-            raise TuneError(
-                f"Measuring needs PyTorch, and {error.name} is not installed.", "Use SGLang's Python."
-            ) from error
+        from fixer.tuning.measure.card_runner import CardRunner
+
+        if importlib.util.find_spec("torch") is None:
+            raise TuneError("Measuring needs PyTorch, and it is not installed.", "Use SGLang's Python.")
         job = self._job
         return CardRunner(
             job.workload,
@@ -144,7 +130,15 @@ class _Session:
             folder=self._scratch,
             patient=self._own_tiles,
             deadline=FixedDeadline(60.0) if job.exhaustive else AdaptiveDeadline(),
+            descriptors=self._descriptors,
         )
+
+    @cached_property
+    def _descriptors(self) -> frozenset[Projection]:
+        """What may load through tensor descriptors; only SGLang's own layer can say what that is worth in all."""
+        job = self._job
+        taken = job.tree.takes_descriptors if job.layer_package is not None else frozenset[Projection]()
+        return descriptor_projections(job.workload, job.card.capability, taken)
 
     @property
     def _scratch(self) -> Path:
@@ -164,7 +158,8 @@ class _Session:
             limits = Limits(seeds=2 * len(everything), kernels=2 * (len(everything) + len(own)))
             return Search(job.workload, job.rows, everything, own, limits)
         earlier = earlier_tiles(job.home, job.workload)
-        return Search(job.workload, job.rows, seeds(job.tree.shipped_files(), job.workload, job.card, earlier), own)
+        first = seeds(job.tree.shipped_files(), job.workload, job.card, earlier)
+        return Search(job.workload, job.rows, first, own, descriptors=self._descriptors)
 
     def _run_rounds(self, search: Search, runner: JournaledRunner) -> dict[object, Look]:
         looks: dict[object, Look] = {}
@@ -185,30 +180,31 @@ class _Session:
         )
         return looks
 
-    def _choices(self, search: Search) -> dict[int, TilePair]:
-        chosen = {}
+    def _contenders(self, search: Search) -> list[dict[int, TilePair]]:
+        """What the finals will compare with SGLang's own: the best pairs, and the best with tensor descriptors."""
+        plain, described = {}, {}
         for tokens in self._job.rows:
-            pairs = self._alternatives(search, tokens)
+            pairs = alternatives(search, tokens)
             if not pairs:
                 raise TuneError(
                     f"Not one configuration could be timed for M={tokens}.",
                     "The data folder's journal.sqlite says why; to serve without tuning: --moefix-skip-tune.",
                 )
-            chosen[tokens] = pairs[0]
-        return chosen
+            plain[tokens] = pairs[0]
+            described[tokens] = described_pair(search, tokens) or pairs[0]
+        return [plain, described]
 
     # ---- what the server will compile
 
-    def _warm(self, runner: CardRunner, chosen: Mapping[int, TilePair]) -> None:
-        """Have both sides of each duel compiled, so that any verdict finds its kernels in the server's cache."""
-        job = self._job
-        candidates = server_candidates(job.workload, chosen, job.rows[-1])
-        candidates += server_candidates(job.workload, self._own, job.rows[-1])
+    def _warm(self, runner: CardRunner, search: Search) -> None:
+        """Have all sides of each comparison compiled, so that any verdict finds its kernels in the server's cache."""
+        job, sides = self._job, [*self._contenders(search), self._own]
+        candidates = [one for rows in sides for one in server_candidates(job.workload, rows, job.rows[-1])]
         fresh = [candidate for candidate in dict.fromkeys(candidates) if candidate not in self._warmed]
         self._warmed.update(fresh)
         runner.compile_ahead(fresh, server_triton_cache())
         # What the finals load; after a resumed run's start it may be in no cache any more.
-        tiles = [pair.kernels for pair in (*chosen.values(), *self._own.values()) if not pair.use_tma]
+        tiles = [pair.kernels for rows in sides for pair in rows.values() if not pair.use_tma]
         finals = {Candidate(job.workload, kernel.projection, kernel.tile) for kernels in tiles for kernel in kernels}
         runner.compile_ahead(sorted(finals - self._warmed, key=str), self._scratch)
         self._warmed.update(finals)
@@ -216,18 +212,15 @@ class _Session:
 
     # ---- finals
 
-    def _start_layer(self, stack: ExitStack) -> ChildProcess | None:
+    def _start_layer(self, stack: ExitStack) -> LayerComparisons | None:
         """Begin to import SGLang now; it takes about as long as the search."""
         job = self._job
         if job.layer_package is None or not self._has_room_for_layer():
             return None
-        factory = partial(
-            build_layer, job.layer_package, job.workload, job.card.index or 0, job.rows[-1], server_triton_cache()
-        )
-        child = ChildProcess(factory, LAYER_START_SECONDS)
+        question = Question(job.layer_package, job.workload, job.card.index or 0, job.rows[-1], server_triton_cache())
+        child = question.start()
         stack.callback(child.close)
-        child.start()
-        return child
+        return LayerComparisons(child, question, self._notes.append)
 
     def _has_room_for_layer(self) -> bool:
         """Whether SGLang's layer fits on the card beside the measuring process, which comes first."""
@@ -247,98 +240,21 @@ class _Session:
         return False
 
     def _finals(
-        self,
-        alternatives: Mapping[int, Sequence[TilePair]],
-        runner: CardRunner,
-        layer: ChildProcess | None,
-        looks: Mapping[object, Look],
+        self, search: Search, runner: CardRunner, layer: LayerComparisons | None, looks: Mapping[object, Look]
     ) -> tuple[RowChoice, ...]:
-        """A verdict for every row; a winner that dies over it gives way to the next."""
-        self._progress.phase("finals", len(alternatives))
+        """A verdict for every row."""
+        self._progress.phase("finals", len(self._job.rows))
+        finals = Finals(self._own, search, runner, layer, self._notes.append)
         rows = []
-        for tokens, pairs in alternatives.items():
-            rows.append(self._row(tokens, pairs, runner, layer, looks))
+        for tokens in self._job.rows:
+            rows.append(finals.row(tokens, own_runs=self._runs(self._own[tokens], looks)))
             self._progress.advance(f"M={tokens}")
+        if layer is not None and layer.why_missing:
+            self._notes.append(f"the finals ran on the bare kernels, not through SGLang's layer: {layer.why_missing}")
         return tuple(rows)
-
-    def _row(
-        self,
-        tokens: int,
-        pairs: Sequence[TilePair],
-        runner: CardRunner,
-        layer: ChildProcess | None,
-        looks: Mapping[object, Look],
-    ) -> RowChoice:
-        sglang_own = self._own[tokens]
-        runs = self._runs(sglang_own, looks)
-        for tuned in pairs:
-            request = DuelRequest(tokens, sglang_own if runs and sglang_own != tuned else None, tuned)
-            layer_duel = self._settled(layer, request)
-            kernel_duel = self._kernel_duel(runner, request)
-            if layer_duel is not None or kernel_duel is not None:
-                return row_choice(request, sglang_own, layer_duel, kernel_duel)
-            self._notes.append(f"M={tokens}: the finals could not time {tuned.gate_up} / {tuned.down}")
-        if not runs:
-            raise TuneError(f"The finals could not time M={tokens}.", "Run `moefix tune` again: it goes on from here.")
-        return RowChoice(tokens, sglang_own.gate_up, sglang_own.down, Decision.FITTING_ONLY)
-
-    @staticmethod
-    def _alternatives(search: Search, tokens: int) -> list[TilePair]:
-        """The best pair of each BLOCK_SIZE_M, the fastest first."""
-        return [
-            TilePair(pair.tiles[Projection.GATE_UP], pair.tiles[Projection.DOWN]) for pair in search.best_pairs(tokens)
-        ]
 
     @staticmethod
     def _runs(pair: TilePair, looks: Mapping[object, Look]) -> bool:
         """Whether SGLang's own pair runs on this card; a TMA tile is not tried by the search and has its duel."""
         known = [looks[kernel] for kernel in pair.kernels if kernel in looks]
         return all(look.build.outcome is Outcome.OK for look in known)
-
-    def _settled(self, layer: ChildProcess | None, request: DuelRequest) -> Duel | None:
-        """A duel through the layer, repeated where a gain is there but does not clear the noise yet."""
-        duel = self._layer_duel(layer, request)
-        for _ in range(EXTRA_DUELS):
-            if duel is None or not duel.own or duel.is_won or duel.gain < LEAST_GAIN:
-                return duel
-            again = self._layer_duel(layer, request)
-            duel = duel.joined(again) if again is not None else duel
-        return duel
-
-    def _layer_duel(self, layer: ChildProcess | None, request: DuelRequest) -> Duel | None:
-        if layer is None or self._layer_failed:
-            return None
-        try:
-            answer = layer.ask(request, DUEL_SECONDS)
-        except MoefixError as error:
-            answer, why = None, error.message
-        else:
-            why = answer.value if isinstance(answer, Fate) else ""
-        if isinstance(answer, Duel):
-            return answer
-        self._layer_failed = True
-        self._notes.append(f"the finals ran on the bare kernels, not through SGLang's layer: {why}")
-        return None
-
-    @staticmethod
-    def _kernel_duel(runner: CardRunner, request: DuelRequest) -> KernelDuel | None:
-        own = None if request.own is None or request.own.use_tma else request.own
-        if request.tuned.use_tma:
-            return None
-        return runner.duel(DuelRequest(request.tokens, own, request.tuned))
-
-
-def build_layer(package: Path, workload: Workload, device: int, most_tokens: int, cache: Path) -> Handler:
-    """What answers duels through SGLang's own layer; runs in a child process (`ChildProcess`).
-
-    Args:
-        package: SGLang's.
-        workload, device, most_tokens: as for `LayerSetup`.
-        cache: Triton's cache folder.
-    """
-    import os
-
-    os.environ["TRITON_CACHE_DIR"] = str(cache)
-    from fixer.tuning.measure.layer_bench import LayerSetup, layer_handler
-
-    return layer_handler(LayerSetup(package, workload, device, most_tokens))

@@ -9,8 +9,9 @@ import torch
 from fixer.kernel.arguments import Role
 from fixer.machine.worker import Handler
 from fixer.tuning.measure import card_bench as bench_module
-from fixer.tuning.measure.card_bench import Bench, Loaded, Setup
-from fixer.tuning.measure.requests import LookAt, measuring_handler
+from fixer.tuning.measure.card_bench import Bench, Loaded
+from fixer.tuning.measure.clock import Call
+from fixer.tuning.measure.requests import LookAt, Setup, measuring_handler
 from fixer.workload import Tile
 
 GOOD = Tile(16, 64, 128, 1, 4, 3)
@@ -32,15 +33,12 @@ class FaultyBench(Bench):
             launch()
             tensors[Role.C].mul_(1.5)
 
-        return spoiled
+        return Call(spoiled, ())
 
 
 def faulty_handler(setup: Setup) -> Handler:
     """As `measuring_handler`, but one tile breaks the CUDA context and one never ends."""
     bench_module.Bench = FaultyBench  # type: ignore[misc]
-    from fixer.tuning.measure import requests as measure_module
-
-    measure_module.Bench = FaultyBench  # type: ignore[misc]
     handle = measuring_handler(setup)
 
     def faulty(request: Any) -> Any:

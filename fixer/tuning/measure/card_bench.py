@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,22 @@ from fixer.base.progress import tell
 from fixer.kernel.arguments import LaunchContext, Product, Role, launch_arguments, padded_tokens
 from fixer.kernel.compile import (
     Candidate,
-    Target,
     complaint,
     compute_type,
     kernel_function,
     swaps_operands,
+    tensor_descriptors,
     warm_kernel,
 )
+from fixer.kernel.space import AXES
 from fixer.tuning.duel import Duel, KernelDuel, Via, rounds_for
-from fixer.tuning.measure.clock import Clock, Graph
+from fixer.tuning.measure.clock import Call, Clock, Graph
 from fixer.tuning.measure.memory import COLD_FACTOR, needed_bytes, rotations, smallest_rotation, with_spare
+from fixer.tuning.measure.requests import LOOK_REPLAYS, Setup
 from fixer.tuning.measure.routing import MIX, Routing
 from fixer.tuning.measure.tensors import Aligned, Layer, align, l2_bytes, make_layer, reference, relative_error, route
 from fixer.tuning.search.trials import Build, Outcome, Timing
-from fixer.workload import BOTH, Kernel, Projection, TilePair, Workload
+from fixer.workload import BOTH, Kernel, Projection, TilePair
 
 MAX_ERROR = 0.02
 """Relative Frobenius norm against the float32 reference; right kernels come to 0.002 to 0.004."""
@@ -42,32 +44,20 @@ MOST_GRAPHS = 1000
 """Captured graphs that are kept for another look; the oldest goes first."""
 
 HOPELESS = 1.5
-"""A first replay this many times slower than the row's best is not looked at again."""
+"""A first launch or replay this many times slower than the row's best is not looked at again."""
 
+LONG_LAUNCH = 150.0
+"""Microseconds: from here on the card, not the host, sets the pace (a launch costs the host about 20), so that a look
+needs no graph, and one launch says enough of a hopeless kernel."""
 
-@dataclass(frozen=True)
-class Setup:
-    """What the measuring process needs to know.
+LOOK_BUDGET = 5_000.0
+"""Microseconds that a first look's replays may take where a single one is shorter."""
 
-    Attributes:
-        workload: the layer.
-        target: SGLang's kernel and the card's architecture.
-        cache: Triton's cache folder, where the compiling processes leave their work.
-        server_cache: Triton's cache folder of the server, where its driver and launchers are built.
-        device: CUDA's index among the visible devices.
-        rows: every M that will be timed.
-        shared_limit: bytes of shared memory a block may use.
-        seed: of all random numbers.
-    """
+TALLEST = max(AXES["block_m"])
 
-    workload: Workload
-    target: Target
-    cache: Path
-    server_cache: Path
-    device: int
-    rows: tuple[int, ...]
-    shared_limit: int
-    seed: int = 20260
+FEWEST_TURNS = 3
+TURN_BUDGET = 7_500.0
+"""Microseconds for each replay that is asked for, over all kernels of a row."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +109,11 @@ class Bench:
         if fewest < workload.experts:
             said = f"{free >> 20} MiB are free on the card: weights of {fewest} of {workload.experts} experts are used"
             tell(said)
-        return {p: make_layer(products[p], chosen[p].copies, self._generator, chosen[p].experts) for p in BOTH}
+        longest = padded_tokens(workload, most, TALLEST)
+        in_order = {p: longest if p is Projection.DOWN and p in self.setup.descriptors else 0 for p in BOTH}
+        return {
+            p: make_layer(products[p], chosen[p].copies, self._generator, chosen[p].experts, in_order[p]) for p in BOTH
+        }
 
     def _launches(self, projection: Projection, tokens: int) -> int:
         """How many launches make one graph: enough to read several times the L2 cache, in whole routing mixes."""
@@ -184,8 +178,12 @@ class Bench:
         layer = self._layers[loaded.kernel.projection]
         chosen, expected = self._check_case(loaded.kernel.projection)
         workload, block_m = self.setup.workload, loaded.kernel.tile.block_m
-        length = padded_tokens(workload, CHECK_TOKENS, block_m)
-        tensors = layer.launch_tensors(CHECK_TOKENS, align(chosen, block_m, workload.experts, length), 0)
+        aligned = align(chosen, block_m, workload.experts, padded_tokens(workload, CHECK_TOKENS, block_m))
+        in_order = reads_in_order(loaded.kernel)
+        if in_order:
+            few = replace(layer, product=replace(layer.product, tokens=CHECK_TOKENS))
+            layer = replace(layer, in_order=few.sorted_as(aligned).in_order)
+        tensors = layer.launch_tensors(CHECK_TOKENS, aligned, 0, in_order=in_order)
         tensors[Role.C].fill_(float("nan"))  # what the kernel leaves out must not look right
         self._launcher(loaded, CHECK_TOKENS, tensors)()
         return relative_error(tensors[Role.C].view_as(expected), expected)
@@ -197,19 +195,20 @@ class Bench:
             self._expected[projection] = chosen, reference(self._layers[projection], chosen)
         return self._expected[projection]
 
-    def _launcher(self, loaded: Loaded, tokens: int, tensors: Mapping[Role, Any]) -> Callable[[], None]:
+    def _launcher(self, loaded: Loaded, tokens: int, tensors: Mapping[Role, Any]) -> Call:
         """A call that launches a kernel once, with all its arguments bound."""
         workload, tile = self.setup.workload, loaded.kernel.tile
         product = Product(workload, loaded.kernel.projection, tokens)
         function = kernel_function(self.setup.target, workload)
         names = [parameter.name for parameter in function.params]
+        descriptors = tensor_descriptors(product, tile, tensors[Role.A], tensors[Role.B])
         target = self.setup.target
-        context = LaunchContext(target.arch, compute_type(workload), swap_ab=swaps_operands(target, workload, tile))
+        swapped = swaps_operands(target, workload, tile)
+        context = LaunchContext(target.arch, compute_type(workload), descriptors, swap_ab=swapped)
         arguments = launch_arguments(names, product, tile, tensors, context)
-        values = [arguments[name] for name in names]
+        values = tuple(arguments[name] for name in names)
         blocks = -(-tensors[Role.SORTED_TOKEN_IDS].shape[0] // tile.block_m) * -(-product.columns // tile.block_n)
-        launch = loaded.launcher[(blocks, 1, 1)]
-        return lambda: launch(*values)
+        return Call(loaded.launcher[(blocks, 1, 1)], values)
 
     # ---- times
 
@@ -219,6 +218,9 @@ class Bench:
         Raises:
             TuneError: the kernel is not on the card.
         """
+        return self._clock.capture(self._row_calls(kernel, tokens))
+
+    def _row_calls(self, kernel: Kernel, tokens: int) -> list[Call]:
         loaded = self._loaded.get(kernel)
         if not isinstance(loaded, Loaded):
             raise TuneError(f"{kernel.tile} was to be timed but is not on the card.")
@@ -226,26 +228,48 @@ class Bench:
         calls = []
         for turn in range(self._launches(kernel.projection, tokens)):
             aligned = self._align(tokens, kernel.tile.block_m, turn)
-            calls.append(self._launcher(loaded, tokens, layer.launch_tensors(tokens, aligned, turn)))
-        return self._clock.capture(calls)
+            tensors = layer.launch_tensors(tokens, aligned, turn, in_order=reads_in_order(kernel))
+            calls.append(self._launcher(loaded, tokens, tensors))
+        return calls
 
-    def time(self, kernel: Kernel, tokens: int, replays: int, best: float | None = None) -> Timing:
-        """Time a loaded kernel for one row.
+    def look(self, kernel: Kernel, tokens: int, best: float) -> Timing:
+        """Time a loaded kernel for one row in a first, short look.
 
         Args:
-            replays: replays to take the median of, after one that is not counted.
-            best: the row's best time so far in microseconds; a kernel hopelessly slower gets its first replay only.
+            best: the row's best time so far in microseconds; a kernel hopelessly slower is launched once only.
         """
-        graph = self._graphs.pop((kernel, tokens), None) or self.row_graph(kernel, tokens)
-        if best is None:  # a closer look; an even closer one may follow
-            self._graphs[kernel, tokens] = graph
-            while len(self._graphs) > MOST_GRAPHS:
-                del self._graphs[next(iter(self._graphs))]
-        first = self._clock.replay([graph], 1)[0][0]
-        if best is not None and first > HOPELESS * best + 10:
+        calls, hopeless = self._row_calls(kernel, tokens), HOPELESS * best + 10
+        is_long = best > LONG_LAUNCH
+        graph = None if is_long else self._clock.capture(calls)
+        first = self._clock.time_calls(calls[:1], 1)[0] if graph is None else self._clock.replay([graph], 1)[0][0]
+        if first > hopeless:
             return Timing(kernel, tokens, first, first, 1)
-        times = self._clock.replay([graph], replays)[0]
+        replays = max(1, min(LOOK_REPLAYS, int(LOOK_BUDGET / (first * len(calls)))))
+        times = self._clock.time_calls(calls, replays) if graph is None else self._clock.replay([graph], replays)[0]
         return Timing(kernel, tokens, statistics.median(times), min(times), replays)
+
+    def time_together(self, kernels: Sequence[Kernel], tokens: int, replays: int) -> tuple[Timing, ...]:
+        """Time loaded kernels for one row in turn, so that what the card's clock does meets all of them alike.
+
+        Args:
+            replays: of each; fewer where they take long, at least `FEWEST_TURNS`.
+        """
+        graphs = [self._kept_graph(kernel, tokens) for kernel in kernels]
+        once = self._clock.replay(graphs, 1)
+        round_us = sum(times[0] * graph.launches for times, graph in zip(once, graphs, strict=True))
+        rounds = max(FEWEST_TURNS, min(replays, int(TURN_BUDGET * replays / round_us)))
+        return tuple(
+            Timing(kernel, tokens, statistics.median(times), min(times), replays)
+            for kernel, times in zip(kernels, self._clock.replay(graphs, rounds), strict=True)
+        )
+
+    def _kept_graph(self, kernel: Kernel, tokens: int) -> Graph:
+        """A row's graph; an even closer look may follow, so it is kept."""
+        graph = self._graphs.pop((kernel, tokens), None) or self.row_graph(kernel, tokens)
+        self._graphs[kernel, tokens] = graph
+        while len(self._graphs) > MOST_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]
+        return graph
 
     def duel(self, tokens: int, own: TilePair | None, tuned: TilePair) -> KernelDuel | Build:
         """Time two pairs in turn for one row, kernel by kernel.
@@ -270,6 +294,11 @@ class Bench:
 
         medians = {kernel: statistics.median(values) for kernel, values in times.items()}
         return KernelDuel(Duel(tokens, Via.KERNELS, sums(own) if own else (), sums(tuned)), medians)
+
+
+def reads_in_order(kernel: Kernel) -> bool:
+    """Whether a kernel's A lies in the sorted order: the down product's, where it loads through a descriptor."""
+    return kernel.tile.use_tma and kernel.projection is Projection.DOWN
 
 
 @contextmanager

@@ -22,11 +22,13 @@ from fixer.kernel.pool import AdaptiveDeadline, CompilePool, Deadline
 from fixer.machine.processes import usable_cores
 from fixer.machine.worker import ChildProcess, Fate, Handler
 from fixer.tuning.duel import DuelRequest, KernelDuel
-from fixer.tuning.measure.card_bench import Setup
-from fixer.tuning.measure.requests import LookAt, TimeCloser, measuring_handler
+from fixer.tuning.measure.requests import LookAt, Setup, TimeCloser, measuring_handler
 from fixer.tuning.search.runner import Look, More, Request
 from fixer.tuning.search.trials import Build, Outcome, Timing
 from fixer.workload import Kernel, Projection, Tile, Workload
+
+SENT_AHEAD = 2
+"""Requests that a measuring process has at a time, so that it never waits for this one between two kernels."""
 
 LOOK_SECONDS = 30.0
 """A kernel that keeps the card busy for longer hangs, or is of no use."""
@@ -50,13 +52,14 @@ FATES = {Fate.CRASHED: Outcome.CRASHED, Fate.TIMED_OUT: Outcome.TIMED_OUT}
 
 @dataclass
 class _Card:
-    """One card's measuring process, what it works on, and what waits for it."""
+    """One card's measuring process, what it was sent (it works on the first), and what waits for it."""
 
     child: ChildProcess
     rows: frozenset[int]
     waiting: deque[Request] = field(default_factory=deque)
-    current: Request | None = None
+    sent: deque[Request] = field(default_factory=deque)
     since: float = 0.0
+    busy_seconds: float = 0.0
 
 
 @dataclass
@@ -87,6 +90,7 @@ class CardRunner:
         factory: builds the measuring process's handler.
         shared_limit: bytes of shared memory a block may use.
         folder: where compiled candidates are kept while the search lasts.
+        descriptors: the projections that may load through tensor descriptors.
         workers: compiling processes; None for about one a core.
     """
 
@@ -102,13 +106,16 @@ class CardRunner:
         patient: Collection[Tile] = (),
         deadline: Deadline | None = None,
         workers: int | None = None,
+        descriptors: frozenset[Projection] = frozenset(),
         factory: Callable[[Setup], Handler] = measuring_handler,
     ) -> None:
         self._workload = workload
         self._limit = shared_limit
         self._patient = frozenset(patient)
         self._pool = CompilePool(target, folder, workers or compiling_cores(), deadline or AdaptiveDeadline())
-        setup = Setup(workload, target, folder, server_triton_cache(), devices[0], tuple(rows), shared_limit)
+        setup = Setup(
+            workload, target, folder, server_triton_cache(), devices[0], tuple(rows), shared_limit, descriptors
+        )
         self._cards = [
             _Card(
                 ChildProcess(partial(factory, replace(setup, device=device))),
@@ -192,24 +199,29 @@ class CardRunner:
 
     def _send_waiting(self) -> None:
         for card in self._cards:
-            if card.current is None and card.waiting and card.child.is_ready():
-                card.current = request = card.waiting.popleft()
-                card.since = time.monotonic()
+            while len(card.sent) < SENT_AHEAD and card.waiting and card.child.is_ready():
+                request = card.waiting.popleft()
+                if not card.sent:
+                    card.since = time.monotonic()
+                card.sent.append(request)
                 best = {tokens: self._best[request.kernel.projection, tokens] for tokens in request.rows}
                 card.child.send(LookAt(request.kernel, request.rows, best))
 
     def _receive(self, answers: dict[Kernel, _Answer]) -> Iterator[Look]:
         """Wait for a card's answer or a compiled kernel, and give back the requests that are now complete."""
-        cards = [card.child.connection for card in self._cards if card.current is not None or card.waiting]
+        cards = [card.child.connection for card in self._cards if card.sent or card.waiting]
         ready = wait([*self._pool.connections, *cards], timeout=0.25)  # deadlines are looked after in between
         for card in self._cards:
-            request = card.current
-            if request is None:
+            if not card.sent:
                 continue
             if card.child.connection not in ready and time.monotonic() - card.since < LOOK_SECONDS:
                 continue
-            card.current = None
-            part = card.child.receive(0.0)
+            request, part, now = card.sent.popleft(), card.child.receive(0.0), time.monotonic()
+            card.busy_seconds += now - card.since
+            card.since = now
+            if isinstance(part, Fate):  # it was at this one: the others have not been begun
+                card.waiting.extendleft(reversed(card.sent))
+                card.sent.clear()
             answer = answers[request.kernel]
             answer.missing -= 1
             self._merge(answer, part)
@@ -236,6 +248,11 @@ class CardRunner:
             key = (timing.kernel.projection, timing.tokens)
             self._best[key] = min(self._best[key], timing.microseconds)
 
+    @property
+    def busy_seconds(self) -> tuple[float, ...]:
+        """How long each card has looked at kernels; the rest of a search it waited for the compiler."""
+        return tuple(card.busy_seconds for card in self._cards)
+
     def compile_ahead(self, candidates: Sequence[Candidate], cache: Path) -> None:
         """Have candidates compiled into another cache folder while the cards are busy; call after the last look."""
         self._pool.submit(candidates, cache, AHEAD_SECONDS)
@@ -256,17 +273,22 @@ class CardRunner:
         return answer if isinstance(answer, KernelDuel) else None
 
     def closer(self, wanted: Iterable[tuple[Kernel, int]], replays: int) -> Iterator[Timing]:
-        """Time again, with more replays; see `Runner.closer`."""
-        queues: dict[int, deque[TimeCloser]] = {position: deque() for position in range(len(self._cards))}
+        """Time again, with more replays, a row's kernels in turn; see `Runner.closer`."""
+        by_row: dict[int, list[Kernel]] = defaultdict(list)
         for kernel, tokens in wanted:
-            position = next(index for index, card in enumerate(self._cards) if tokens in card.rows)
-            queues[position].append(TimeCloser(kernel, tokens, replays))
-        while any(queues.values()):
+            by_row[tokens].append(kernel)
+        queues = [
+            deque(TimeCloser(tuple(by_row[tokens]), tokens, replays) for tokens in by_row if tokens in card.rows)
+            for card in self._cards
+        ]
+        while any(queues):
             self._pool.poll()  # what is compiled ahead goes on
-            busy = [(card, queues[position].popleft()) for position, card in enumerate(self._cards) if queues[position]]
-            for card, request in busy:
+            busy = [(card, queue, queue.popleft()) for card, queue in zip(self._cards, queues, strict=True) if queue]
+            for card, _, request in busy:
                 card.child.send(request)
-            for card, _ in busy:
+            for card, queue, request in busy:
                 answer = card.child.receive(LOOK_SECONDS)
-                if isinstance(answer, Timing):
-                    yield answer
+                if not isinstance(answer, Fate):
+                    yield from answer
+                elif len(request.kernels) > 1:  # one of them is at fault, and the others are not
+                    queue.extend(replace(request, kernels=(kernel,)) for kernel in request.kernels)

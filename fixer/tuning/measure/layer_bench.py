@@ -1,27 +1,44 @@
-"""Duels through SGLang's own layer. Runs in a process of its own: importing SGLang takes longer than the search."""
+"""Two pairs of configurations in SGLang's own layer: are the numbers right, and which is faster.
+
+Runs in a process of its own: importing SGLang takes longer than the search.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from fixer.base.errors import CardError, TuneError
+from fixer.base.errors import CardError
 from fixer.base.text import told
 from fixer.kernel.arguments import Product, Role
 from fixer.machine.worker import Handler
 from fixer.sglang.layer import LayerWeights, OwnLayer
-from fixer.tuning.duel import Duel, DuelRequest, Via, rounds_for
-from fixer.tuning.measure.clock import Clock, Graph
-from fixer.tuning.measure.memory import layer_room
+from fixer.tuning.duel import Duel, DuelRequest, PairError, Via, rounds_for
+from fixer.tuning.layer_check import MOST_APART, LayerInputs, layer_reference, most_off, poisoned, sample_of, wrong_by
+from fixer.tuning.measure.clock import Call, Clock, Graph
+from fixer.tuning.measure.memory import ANY_TILE, layer_room
 from fixer.tuning.measure.routing import MIX
-from fixer.tuning.measure.tensors import TORCH_TYPES, l2_bytes, make_layer, route
-from fixer.workload import BOTH, TilePair, Workload
+from fixer.tuning.measure.tensors import TORCH_TYPES, Layer, l2_bytes, make_layer, route
+from fixer.workload import BOTH, NumberFormat, TilePair, Workload
 
 SCALES = {Role.B_SCALE: "scale", Role.B_ZERO_POINT: "zp"}
 """How SGLang names a projection's scales: w1_scale, w1_zp, w2_scale, w2_zp."""
+
+SOFTER = {
+    NumberFormat.INT8_W8A8: 1 / 64,
+    NumberFormat.INT8_W8A16: 1 / 64,
+    NumberFormat.INT4_W4A16: 1 / 4,
+}
+"""Integers are up to 127 where numbers of other formats are around 1: a layer's output must stay below float16's
+65504, since an overflow counts as a wrong result."""
+
+MORE_ROUNDS = 2
+"""How often a comparison that is too close to call is timed again."""
+
+FEW_TOKENS = 64
+"""Up to this M a graph has every routing twice."""
 
 
 @dataclass(frozen=True)
@@ -36,79 +53,156 @@ class LayerSetup:
 
 
 class LayerBench:
-    """One card with SGLang's layer on it."""
+    """One card with SGLang's layer on it.
 
-    def __init__(self, setup: LayerSetup) -> None:
+    Args:
+        device: where the tensors are; None for the setup's card.
+        clock: None for one of that card.
+    """
+
+    def __init__(self, setup: LayerSetup, device: torch.device | None = None, clock: Clock | None = None) -> None:
         self._setup = setup
         self._layer = OwnLayer(setup.package, setup.workload)
-        torch.cuda.set_device(setup.device)
-        device = torch.device("cuda", setup.device)
-        self._clock = Clock(device)
+        if device is None:
+            torch.cuda.set_device(setup.device)
+            device = torch.device("cuda", setup.device)
+        self._clock = clock or Clock(device)
         self._generator = torch.Generator(device).manual_seed(setup.seed)
-        self._weights = self._make_weights()
+        self._up, self._down = self._make_layers()
+        self._weights = self._named_weights()
         shape = (setup.most_tokens, setup.workload.hidden_size)
         dtype = TORCH_TYPES[setup.workload.activation_dtype]
         self._source = torch.randn(shape, generator=self._generator, device=device).to(dtype)
-        self._hidden = torch.empty_like(self._source)
-        # Builds SGLang's own CUDA kernels (for quantisation, activation) while the search still runs.
-        self._clock.run(self._call(1, 0))
 
-    def _make_weights(self) -> tuple[LayerWeights, ...]:
-        """Weights of both projections, in as many copies as it takes to be several times the L2 cache."""
-        products = [Product(self._setup.workload, projection, 1) for projection in BOTH]
-        copies, needed = layer_room(self._setup.workload, self._setup.most_tokens, l2_bytes(self._generator.device))
-        free, _ = torch.cuda.mem_get_info(self._generator.device)
+    def warm_up(self) -> None:
+        """Run it once: that builds SGLang's own CUDA kernels (quantisation, activation) while the search still runs."""
+        self._clock.run(self._call(TilePair(ANY_TILE, ANY_TILE), self._inputs(1, 0)))
+
+    # ---- tensors
+
+    def _make_layers(self) -> tuple[Layer, Layer]:
+        """Both projections, in as many copies of their weights as it takes to be several times the L2 cache."""
+        workload = self._setup.workload
+        copies, needed = layer_room(workload, self._setup.most_tokens, l2_bytes(self._generator.device))
+        free = free_bytes(self._generator.device)
         if needed > free:
             raise CardError(f"SGLang's layer needs {needed >> 20} MiB on the card, and {free >> 20} MiB are free.")
-        up, down = (make_layer(product, copies, self._generator) for product in products)
+        up, down = (make_layer(Product(workload, projection, 1), copies, self._generator) for projection in BOTH)
+        for layer in (up, down):
+            if Role.B_SCALE in layer.tensors:
+                layer.tensors[Role.B_SCALE].mul_(SOFTER.get(workload.number_format, 1.0))
+        return up, down
+
+    def _named_weights(self) -> tuple[LayerWeights, ...]:
         scales = {
             f"{name}_{suffix}": layer.tensors[role]
-            for name, layer in (("w1", up), ("w2", down))
+            for name, layer in (("w1", self._up), ("w2", self._down))
             for role, suffix in SCALES.items()
             if role in layer.tensors
         }
-        return tuple(LayerWeights(w1, w2, scales) for w1, w2 in zip(up.weights, down.weights, strict=True))
+        return tuple(LayerWeights(w1, w2, scales) for w1, w2 in zip(self._up.weights, self._down.weights, strict=True))
+
+    def _inputs(self, tokens: int, turn: int) -> LayerInputs:
+        """One forward's inputs, the same in every run of every process."""
+        workload = self._setup.workload
+        generator = torch.Generator(self._generator.device).manual_seed(self._setup.seed + 1000 * tokens + turn)
+        topk_ids = route(MIX[turn % len(MIX)], tokens, workload, generator)
+        topk_weights = torch.rand(topk_ids.shape, generator=generator, device=topk_ids.device)
+        return LayerInputs(self._source[:tokens], topk_ids, topk_weights, turn)
+
+    def _call(self, pair: TilePair, inputs: LayerInputs) -> Call:
+        weights = self._weights[inputs.turn % len(self._weights)]
+        tiles = (pair.gate_up, pair.down)
+        return Call(self._layer, (tiles, inputs.hidden, weights, inputs.topk_weights, inputs.topk_ids))
+
+    # ---- comparisons
 
     def duel(self, request: DuelRequest) -> Duel:
-        """Time both pairs in turn, after one run of each."""
-        pairs = [pair for pair in (request.own, request.tuned) if pair is not None]
-        graphs = [self._graph(request.tokens, pair) for pair in pairs]
+        """Check both pairs, then time them in turn on the same inputs.
+
+        Raises:
+            PairError: a pair does not run, or its numbers are wrong.
+        """
+        tokens = request.tokens
+        inputs = [self._inputs(tokens, turn) for turn in range(len(MIX) * (2 if tokens <= FEW_TOKENS else 1))]
+        expected = self._checked(request, inputs)
+        graphs = [self._clock.capture([self._call(pair, one) for one in inputs]) for pair in request.pairs]
         first = self._clock.replay(graphs, 1)
         rounds = rounds_for(sum(times[0] * graph.launches for times, graph in zip(first, graphs, strict=True)))
+        duel = self._timed(request, graphs, rounds)
+        for _ in range(MORE_ROUNDS):
+            if duel.is_open:
+                duel = duel.joined(self._timed(request, graphs, rounds))
+        for pair, graph in zip(request.pairs, graphs, strict=True):
+            self._check_replayed(pair, graph, expected, tokens)
+        return duel
+
+    def _timed(self, request: DuelRequest, graphs: list[Graph], rounds: int) -> Duel:
         times = self._clock.replay(graphs, rounds)
         own = tuple(times[0]) if request.own is not None else ()
         return Duel(request.tokens, Via.LAYER, own, tuple(times[-1]))
 
-    def _graph(self, tokens: int, pair: TilePair) -> Graph:
-        calls = [self._call(tokens, turn) for turn in range(2 * len(MIX) if tokens <= 64 else len(MIX))]
-        self._layer.choose(pair.gate_up, pair.down)
-        self._clock.run(calls[0])  # loads the kernels, from Triton's cache, outside the capture
-        return self._clock.capture(calls)
+    # ---- right numbers
 
-    def _call(self, tokens: int, turn: int) -> Callable[[], None]:
-        workload = self._setup.workload
-        # The same seed for both pairs: they get the same routings.
-        generator = torch.Generator(self._generator.device).manual_seed(self._setup.seed + 1000 * tokens + turn)
-        topk_ids = route(MIX[turn % len(MIX)], tokens, workload, generator)
-        topk_weights = torch.rand(topk_ids.shape, generator=generator, device=topk_ids.device)
-        hidden, source = self._hidden[:tokens], self._source[:tokens]
-        weights = self._weights[turn % len(self._weights)]
+    def _checked(self, request: DuelRequest, inputs: list[LayerInputs]) -> list[torch.Tensor]:
+        """Run both pairs once on all inputs, among buffers full of NaN, and hold the results against one another.
 
-        def call() -> None:
-            hidden.copy_(source)  # the layer works in place; both sides pay for this
-            self._layer(hidden, weights, topk_weights, topk_ids)
+        Returns:
+            What the layer makes of each input.
+        """
+        results = [[self._run(pair, one) for one in inputs] for pair in request.pairs]
+        for turn, one in enumerate(inputs[: len(MIX)]):
+            outs = [result[turn] for result in results]
+            sample = sample_of(outs[0], outs[1] if len(outs) > 1 else None, self._generator)
+            expected = layer_reference(self._up, self._down, one, sample)
+            for pair, out in zip(request.pairs, outs, strict=True):
+                if not bool(out.isfinite().all()):
+                    raise self._wrong(pair, request.tokens, turn, "it is not finite")
+                off = wrong_by(out[sample], expected)
+                if off > most_off(self._setup.workload.number_format):
+                    raise self._wrong(pair, request.tokens, turn, f"relative error {off:.3g}")
+            apart = wrong_by(outs[-1], outs[0])
+            if apart > MOST_APART:
+                raise self._wrong(request.tuned, request.tokens, turn, f"{apart:.3g} apart from SGLang's own")
+        return results[0]
 
-        return call
+    def _run(self, pair: TilePair, inputs: LayerInputs) -> torch.Tensor:
+        try:
+            with poisoned():
+                out: torch.Tensor = self._clock.run(self._call(pair, inputs))
+        except Exception as error:
+            raise PairError(pair, f"SGLang's layer failed at M={len(inputs.hidden)}: {told(error)}") from error
+        return out
+
+    def _check_replayed(self, pair: TilePair, graph: Graph, expected: list[torch.Tensor], tokens: int) -> None:
+        """Whether what was timed computed what was meant: a graph that reads other memory shows here."""
+        for turn, (out, right) in enumerate(zip(graph.results, expected, strict=True)):
+            off = wrong_by(out, right)
+            if off > MOST_APART:
+                raise self._wrong(pair, tokens, turn, f"its replay is off by {off:.3g}")
+
+    @staticmethod
+    def _wrong(pair: TilePair, tokens: int, turn: int, what: str) -> PairError:
+        routing = MIX[turn % len(MIX)].value
+        return PairError(pair, f"SGLang's layer computes wrong numbers at M={tokens} ({routing} routing): {what}")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a card."""
+    return int(torch.cuda.mem_get_info(device)[0])
 
 
 def layer_handler(setup: LayerSetup) -> Handler:
     """Import SGLang and build the layer (in the child), and give the function that answers."""
     bench = LayerBench(setup)
+    bench.warm_up()
 
     def handle(request: DuelRequest) -> Duel:
         try:
             return bench.duel(request)
+        except PairError:
+            raise
         except Exception as error:
-            raise TuneError(f"SGLang's layer failed at M={request.tokens}: {told(error)}") from error
+            raise PairError(None, f"SGLang's layer failed at M={request.tokens}: {told(error)}") from error
 
     return handle

@@ -21,6 +21,9 @@ MOST_COPIES = 16
 SPARE_SHARE, SPARE_BYTES = 0.1, 512 << 20
 """What stays free on the card besides: for CUDA's graphs, kernels and scratch. A card filled to the brim pages."""
 
+OUTPUTS = 16
+"""Results of the layer that a comparison holds at a time: two sides, alone and in a graph, four routings."""
+
 ANY_TILE = Tile(16, 32, 64, 1)
 """Shapes of weights and activations do not depend on the tile."""
 
@@ -111,7 +114,8 @@ def _between(least: Rotation, full: Rotation, share: float) -> Rotation:
 def layer_room(workload: Workload, tokens: int, l2_bytes: int) -> tuple[int, int]:
     """What SGLang's own layer takes for up to M = `tokens`: copies of its weights, and bytes with spare memory.
 
-    It keeps all three intermediate results of a pass (fused_moe.py: cache1, cache2, cache3) besides the activations.
+    It keeps all three intermediate results of a pass (fused_moe.py: cache1, cache2, cache3) besides the activations,
+    and what both sides made of each routing of the mix, once by itself and once in a graph.
     """
     one = {p: Product(workload, p, 1) for p in BOTH}
     weights = sum(layer_operands(product, workload.experts)[Role.B].bytes for product in one.values())
@@ -119,7 +123,8 @@ def layer_room(workload: Workload, tokens: int, l2_bytes: int) -> tuple[int, int
     needed = sum(needed_bytes(product, Rotation(copies, workload.experts)) for product in one.values())
     up, down = (Product(workload, p, tokens) for p in BOTH)
     element = Operand(workload.activation_dtype, (1,)).bytes
-    passing = up.routed * (up.columns + down.depth + down.columns) + 2 * tokens * workload.hidden_size
+    passing = up.routed * (up.columns + down.depth + down.columns)
+    passing += (2 + OUTPUTS) * tokens * workload.hidden_size
     return copies, with_spare(needed + passing * element)
 
 

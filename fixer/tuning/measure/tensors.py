@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -100,31 +100,51 @@ class Layer:
         weights: B, a copy for each turn (consecutive launches use different copies, so that weights are cold). Where
             it has fewer experts than the workload, expert e reads those of e modulo their number (`room.Rotation`).
         tensors: all other operands, with room for `tokens`.
+        in_order: A and its scales in the sorted order, padding included, for kernels that load A through a descriptor.
     """
 
     product: Product
     weights: tuple[torch.Tensor, ...]
     tensors: Mapping[Role, torch.Tensor]
+    in_order: Mapping[Role, torch.Tensor] = field(default_factory=dict)
 
     @property
     def experts(self) -> int:
         """How many experts have weights of their own."""
         return len(self.weights[0])
 
-    def launch_tensors(self, tokens: int, aligned: Aligned, turn: int) -> dict[Role, Any]:
-        """The operands of one launch for M = `tokens`: views of the first rows."""
+    def launch_tensors(self, tokens: int, aligned: Aligned, turn: int, *, in_order: bool = False) -> dict[Role, Any]:
+        """The operands of one launch for M = `tokens`: views of the first rows.
+
+        Args:
+            in_order: A's rows are those of the sorted list.
+        """
         product = Product(self.product.workload, self.product.projection, tokens)
         rows = {Role.A: product.rows, Role.C: tokens, Role.A_SCALE: product.rows, Role.TOPK_WEIGHTS: tokens}
         views = {}
         for role, tensor in self.tensors.items():
             per_row = role in rows and tensor.shape[0] == self._room(role)
             views[role] = tensor[: rows[role]] if per_row else tensor
+        if in_order:
+            views |= {role: tensor[: len(aligned.sorted_token_ids)] for role, tensor in self.in_order.items()}
         return views | {
             Role.B: self.weights[turn % len(self.weights)],
             Role.SORTED_TOKEN_IDS: aligned.sorted_token_ids,
             Role.EXPERT_IDS: self._weights_of(aligned.expert_ids),
             Role.TOKENS_POST_PADDED: aligned.tokens_post_padded,
         }
+
+    def sorted_as(self, aligned: Aligned) -> Layer:
+        """The same layer with A's rows where the sorted list has them, and NaN where it has padding."""
+        rows = aligned.sorted_token_ids.long()
+        real = (rows < self.product.rows).nonzero().flatten()
+        in_order = {}
+        for role in self.in_order:
+            plain = self.tensors[role].view(torch.uint8)  # bytes of 0xFF are NaN in every float type
+            padded = torch.full((len(rows), *plain.shape[1:]), 0xFF, dtype=torch.uint8, device=rows.device)
+            padded[real] = plain[rows[real]]
+            in_order[role] = padded.view(self.tensors[role].dtype)
+        return replace(self, in_order=in_order)
 
     def _weights_of(self, expert_ids: torch.Tensor) -> torch.Tensor:
         """Whose weights each block reads; -1 stays."""
@@ -136,8 +156,15 @@ class Layer:
         return self.product.rows if role in (Role.A, Role.A_SCALE) else self.product.tokens
 
 
-def make_layer(product: Product, copies: int, generator: torch.Generator, experts: int | None = None) -> Layer:
-    """Random operands for a projection, with room for `product.tokens` tokens; `experts` have weights (None: all)."""
+def make_layer(
+    product: Product, copies: int, generator: torch.Generator, experts: int | None = None, sorted_rows: int = 0
+) -> Layer:
+    """Random operands for a projection, with room for `product.tokens` tokens.
+
+    Args:
+        experts: so many have weights (None: all).
+        sorted_rows: the length of the longest sorted list for which A is needed in that order; 0 for none.
+    """
     shapes = layer_operands(product, experts or product.workload.experts)
     tensors: dict[Role, torch.Tensor] = {}
     for role, operand in shapes.items():
@@ -151,7 +178,16 @@ def make_layer(product: Product, copies: int, generator: torch.Generator, expert
             tensors[role] = random_tensor(operand, generator)
     spread = 1.0 if product.workload.number_format is not NumberFormat.NONE else 0.05
     weights = tuple(random_tensor(shapes[Role.B], generator, spread) for _ in range(copies))
-    return Layer(product, weights, tensors)
+    return Layer(product, weights, tensors, _in_order(shapes, sorted_rows, generator) if sorted_rows else {})
+
+
+def _in_order(shapes: Mapping[Role, Operand], rows: int, generator: torch.Generator) -> dict[Role, torch.Tensor]:
+    """A and its scales with a row for each entry of the sorted list (only block-wise scales have rows there)."""
+    tensors = {}
+    for role, make in ((Role.A, random_tensor), (Role.A_SCALE, random_scale)):
+        if role in shapes:
+            tensors[role] = make(replace(shapes[role], shape=(rows, *shapes[role].shape[1:])), generator)
+    return tensors
 
 
 def reference(layer: Layer, chosen: torch.Tensor) -> torch.Tensor:
@@ -167,7 +203,7 @@ def reference(layer: Layer, chosen: torch.Tensor) -> torch.Tensor:
     out = torch.zeros(tokens * workload.top_k, product.columns, device=a.device)
     for expert in flat[flat >= 0].unique().tolist():  # an expert on another rank leaves zeros
         rows = (flat == expert).nonzero().flatten()
-        out[rows] = a[rows] @ _expert_weights(layer, expert).T
+        out[rows] = a[rows] @ expert_weights(layer, expert).T
     if not product.is_up:
         out *= layer.tensors[Role.TOPK_WEIGHTS][:tokens].flatten()[:, None]
     return out.view(tokens, workload.top_k, product.columns)
@@ -185,11 +221,11 @@ def _activations(layer: Layer, product: Product) -> torch.Tensor:
     return a * (scale if block_shape is None else _spread(scale, 1, block_shape[1], product.depth))
 
 
-def _expert_weights(layer: Layer, expert: int) -> torch.Tensor:
-    """One expert's weights in float32: [columns, depth]."""
+def expert_weights(layer: Layer, expert: int, turn: int = 0) -> torch.Tensor:
+    """One expert's weights in float32: [columns, depth]; `turn` says which copy of them."""
     product, workload = layer.product, layer.product.workload
     expert %= layer.experts
-    stored, scale = layer.weights[0][expert], layer.tensors.get(Role.B_SCALE)
+    stored, scale = layer.weights[turn % len(layer.weights)][expert], layer.tensors.get(Role.B_SCALE)
     if scale is None:
         return stored.float()
     scale = scale[expert].float()

@@ -48,8 +48,8 @@ class Runner(Protocol):
         ...
 
 
-CLOSER_LOOKS = ((0.015, 7), (0.006, 15))
-"""Halving: (how near to the row's best, replays it then gets)."""
+CLOSER_LOOKS = ((0.02, 5), (0.008, 11), (0.004, 25))
+"""Halving: (how near to the row's best, replays it then gets). Replays are spent where a row is still open."""
 
 Observer = Callable[[Look], None]
 

@@ -32,9 +32,9 @@ class Limits:
         patience: see least_gain.
     """
 
-    seeds: int = 40
-    round_size: int = 44
-    kernels: int = 298
+    seeds: int = 36
+    round_size: int = 40
+    kernels: int = 260
     least_gain: float = 0.0005
     patience: int = 4
 
@@ -84,6 +84,7 @@ class Search:
         seeds: configurations, the most promising first.
         must: configurations that are tried whatever they seem worth (SGLang's own).
         projections: which projections are timed (a recording may have one only).
+        descriptors: the projections that may load through tensor descriptors.
         shape_known: False where the workload's E, N and top-k are a guess: then only what was timed rules rows out.
     """
 
@@ -94,9 +95,10 @@ class Search:
     limits: Limits = field(default_factory=Limits)
     projections: Sequence[Projection] = BOTH
     shape_known: bool = True
+    descriptors: frozenset[Projection] = frozenset()
 
     def __post_init__(self) -> None:
-        self._space = Space(self.workload)
+        self._space = Space(self.workload, self.descriptors)
         self._asked: dict[Kernel, None] = {}
         self._refused: dict[Kernel, None] = {}
         self._repaired: set[Kernel] = set()
@@ -241,12 +243,12 @@ class Search:
     def _predictions(self, projection: Projection, tokens: int, heights: Sequence[int]) -> dict[Tile, list[Prediction]]:
         """One prediction for each good tile that a neighbour is one step from."""
         times = {tile: math.log(t.microseconds) for tile, t in self._times[projection, tokens].items()}
-        seen = self._evidence(times)
+        seen = self._evidence(times, projection)
         predictions: dict[Tile, list[Prediction]] = defaultdict(list)
         for block_m in heights:
             ranked = sorted((tile for tile in times if tile.block_m == block_m), key=lambda tile: times[tile])
             for tile in [tile for tile in ranked[:FEW] if times[tile] <= times[ranked[0]] + NEAR]:
-                for step, neighbour in self._space.steps(tile):
+                for step, neighbour in self._space.steps(tile, projection):
                     if self._is_open(Kernel(projection, neighbour), tokens):
                         effect = effect_of(self._prior(step, neighbour, tokens), tile, seen.get(step, ()))
                         predictions[neighbour].append(Prediction(times[tile] + effect.mean, effect.deviation))
@@ -255,13 +257,13 @@ class Search:
     def _is_open(self, kernel: Kernel, tokens: int) -> bool:
         return kernel not in self._asked and self._makes_sense(kernel.tile, tokens)
 
-    def _evidence(self, times: Mapping[Tile, float]) -> dict[Step, list[tuple[Tile, float]]]:
+    def _evidence(self, times: Mapping[Tile, float], projection: Projection) -> dict[Step, list[tuple[Tile, float]]]:
         """By step: the tiles from which it was taken, and the change of the logarithm of the time."""
         limit = min(times.values(), default=0.0) + EVIDENCE
         seen: dict[Step, list[tuple[Tile, float]]] = defaultdict(list)
         for tile, time in times.items():
             if time <= limit:
-                for step, neighbour in self._space.steps(tile):
+                for step, neighbour in self._space.steps(tile, projection):
                     if neighbour in times:
                         seen[step].append((tile, times[neighbour] - time))
         return seen
@@ -301,11 +303,17 @@ class Search:
     def _tried(self, projection: Projection, tokens: int, block_m: int) -> int:
         return sum(tile.block_m == block_m for tile in self._times[projection, tokens])
 
-    def best_pairs(self, tokens: int) -> list[Pair]:
-        """The best pair of each BLOCK_SIZE_M for a row, the fastest first; empty where nothing was timed."""
+    def best_pairs(self, tokens: int, *, plain: bool = False) -> list[Pair]:
+        """The best pair of each BLOCK_SIZE_M for a row, the fastest first; empty where nothing was timed.
+
+        Args:
+            plain: leave out what loads through tensor descriptors.
+        """
         best: dict[int, dict[Projection, Timing]] = defaultdict(dict)
         for projection in self.projections:
             for tile, timing in self._times[projection, tokens].items():
+                if plain and tile.use_tma:
+                    continue
                 known = best[tile.block_m].get(projection)
                 if known is None or timing.microseconds < known.microseconds:
                     best[tile.block_m][projection] = timing
@@ -319,6 +327,11 @@ class Search:
         ]
         return sorted(pairs, key=lambda pair: pair.microseconds)
 
+    def medians(self, tokens: int) -> dict[Kernel, float]:
+        """Every kernel's time for a row, in microseconds a launch."""
+        of_row = (self._times[projection, tokens] for projection in self.projections)
+        return {timing.kernel: timing.microseconds for times in of_row for timing in times.values()}
+
     def close_calls(self, within: float, replays: int) -> list[tuple[Kernel, int]]:
         """What deserves a closer look: (kernel, row) that could be in the row's best pair, timed too little so far.
 
@@ -326,23 +339,24 @@ class Search:
             within: how far above the best, as a fraction, still counts as near.
             replays: what has this many replays is well enough known.
         """
-        wanted = []
+        wanted: dict[tuple[Kernel, int], None] = {}
         for tokens in self.rows:
-            pairs = self.best_pairs(tokens)
-            for pair in pairs:
-                slack = pairs[0].microseconds * (1 + within) - pair.microseconds
-                if slack < 0:
-                    continue
-                for projection in self.projections:
-                    wanted += self._near(projection, tokens, pair.tiles[projection], slack, replays)
-        return wanted
+            for plain in (False, True) if self.descriptors else (True,):
+                pairs = self.best_pairs(tokens, plain=plain)
+                for pair in pairs:
+                    slack = pairs[0].microseconds * (1 + within) - pair.microseconds
+                    for projection in self.projections if slack >= 0 else ():
+                        near = self._near(projection, tokens, pair.tiles[projection], slack, replays)
+                        wanted.update(dict.fromkeys(near))
+        return list(wanted)
 
     def _near(
         self, projection: Projection, tokens: int, best: Tile, slack: float, replays: int
     ) -> list[tuple[Kernel, int]]:
         times = self._times[projection, tokens]
         limit = times[best].microseconds + slack
-        near = [t for tile, t in times.items() if tile.block_m == best.block_m and t.microseconds <= limit]
+        same = [t for tile, t in times.items() if (tile.block_m, tile.use_tma) == (best.block_m, best.use_tma)]
+        near = [t for t in same if t.microseconds <= limit]
         nearest = sorted(near, key=lambda timing: timing.microseconds)[:CLOSEST]
         return [(timing.kernel, tokens) for timing in nearest if timing.replays < replays]
 
