@@ -27,7 +27,9 @@ from fixer.load import FIRST_ID, Pass, run_pass
 from fixer.machine.processes import end_group, free_port, start_child
 from fixer.machine.signals import deferred
 from fixer.model.config import Model
+from fixer.sglang.declared import declared_of
 from fixer.sglang.lookup import CONFIG_DIR_VARIABLE
+from fixer.sglang.secrets import plain_flags
 from fixer.sglang.server import HEALTH, OUT_OF_SHARED_MEMORY, SERVER_INFO, files_used, local_flags, server_command
 from fixer.sglang_server import client_command, is_plain_model, read_client_output
 
@@ -300,7 +302,8 @@ class _Session:
         publish: Callable[[int, BenchResult], None],
         earlier: Sequence[BenchResult | None],
     ) -> None:
-        self._subjects, self._flags, self._plan, self._say = subjects, flags, plan, say
+        self._subjects, self._plan, self._say = subjects, plan, say
+        self._flags = plain_flags(flags, declared_of(subjects[0].situation.tree))
         self._progress, self._publish = progress, publish
         self._client = plan.client
         self._broken: set[tuple[int, Side]] = set()

@@ -9,6 +9,7 @@ import difflib
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -28,7 +29,7 @@ moefix {fixer.__version__}: tunes SGLang's fused mixture-of-experts kernel for y
 
   moefix plan --model Qwen3-30B-A3B-FP8-dynamic --gpu "RTX 4090"    what SGLang would do, and whether it fits
   moefix tune --model Qwen/Qwen3-30B-A3B-FP8                        measure on this card, install the best
-  moefix --model Qwen/Qwen3-30B-A3B-FP8 --port 30000                the same, then serve: any SGLang flag goes
+  moefix serve Qwen/Qwen3-30B-A3B-FP8 --port 30000                  the same, then serve: any SGLang flag goes
 
 moefix --help lists the commands, moefix COMMAND --help their options.
 """
@@ -60,9 +61,24 @@ class MoefixGroup(click.Group):
             click.echo(SHORT_HELP, nl=False)
             ctx.exit(0)
         own = {spelling for parameter in self.get_params(ctx) for spelling in parameter.opts}
-        if args[0].startswith("-") and args[0] not in own:
-            args = [DEFAULT_COMMAND, *args]
-        return super().parse_args(ctx, args)
+        serves = args[0] not in own if args[0].startswith("-") else _serves(args[0], self.list_commands(ctx))
+        return super().parse_args(ctx, [DEFAULT_COMMAND, *args] if serves else args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; a flag that SGLang does not have may be a mistyped option of the command itself.
+
+        Raises:
+            UsageError: it is; the hint names the option.
+        """
+        try:
+            return super().invoke(ctx)
+        except UsageError as fault:
+            from fixer.sglang.parser import UnknownFlagError
+
+            command = self.get_command(ctx, ctx.invoked_subcommand or "")
+            if command is not None and isinstance(fault, UnknownFlagError):
+                raise fault.or_of([name for each in command.params for name in each.opts]) from None
+            raise
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -77,7 +93,7 @@ class MoefixGroup(click.Group):
             near = difflib.get_close_matches(args[0], names, n=3, cutoff=0.5) or names
             raise UsageError(
                 f"there is no command {shortened(args[0])}",
-                f"Commands: {', '.join(near)}. To serve, begin with an option: moefix --model NAME ...",
+                f"Commands: {', '.join(near)}. To serve a model: moefix serve MODEL ...",
             )
         return super().resolve_command(ctx, args)
 
@@ -102,6 +118,13 @@ class MoefixGroup(click.Group):
             where = f"{fault.filename}: " if fault.filename else ""
             code = _report(f"{where}{fault.strerror or fault}", "", MoefixError.exit_code)
         sys.exit(code)
+
+
+def _serves(word: str, commands: Sequence[str]) -> bool:
+    """Whether a first word that is no option begins a server's command line: a model, `sglang` or `python`."""
+    from fixer.sglang.words import starts_sglang
+
+    return word not in commands and ("/" in word or starts_sglang(word))
 
 
 def _report(message: str, hint: str, code: int) -> int:
@@ -144,6 +167,6 @@ def _drop_output() -> None:
 def main() -> None:
     """Tune SGLang's fused mixture-of-experts kernel for the card in the machine, and serve with it.
 
-    With an option in place of a command, moefix plans, tunes what is not yet tuned, and becomes the SGLang server:
-    moefix --model NAME [any SGLang flag]
+    With a model, an option or a command line of SGLang in place of a command, moefix plans, tunes what is not yet
+    tuned, and becomes the SGLang server: moefix sglang serve NAME [any SGLang flag]
     """

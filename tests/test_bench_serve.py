@@ -470,7 +470,7 @@ def test_flags_for_a_server_of_our_own():
         "k",
     ]
     local = local_flags(flags, 31000)
-    assert local == ["--model-path", "x", "--tp=2", "--port", "1", "--host", "127.0.0.1", "--port", "31000"]
+    assert local == ["--model-path", "x", "--tp", "2", "--port", "1", "--host", "127.0.0.1", "--port", "31000"]
 
 
 def test_the_logs_words():

@@ -16,6 +16,7 @@ from fixer.base.errors import StoreError
 from fixer.base.files import read_bounded
 from fixer.base.json_reading import parse_json
 from fixer.sglang.flags import parse_flags
+from fixer.sglang.words import server_words
 from fixer.workload import Workload
 
 VARIABLE = "MOEFIX_BAKED"
@@ -46,7 +47,7 @@ def with_baked_command(argv: Sequence[str], environ: Mapping[str, str] = os.envi
     folder = baked_folder(environ)
     if folder is None or not (folder / COMMAND_FILE).exists() or parse_flags(argv).model_path:
         return tuple(argv)
-    return (*_command(folder / COMMAND_FILE), *argv)
+    return (*_command(folder / COMMAND_FILE), *server_words(argv))
 
 
 def _command(path: Path) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from fixer.base.errors import CardError
 
 if TYPE_CHECKING:
     from fixer.machine.cards import Card
+    from fixer.sglang.flags import ServerFlags
     from fixer.sglang.tree import Tree
 
 
@@ -90,3 +91,19 @@ def wanted_tree(root: str | None, version: str | None, data: Path) -> Tree:
     from fixer.sglang.find_tree import find_tree
 
     return find_tree(root, version, data / "cache")
+
+
+def wanted_flags(argv: Sequence[str], tree: Tree, data: Path) -> ServerFlags:
+    """The SGLang flags among a command's words, read by the tree's own list of flags where that can be read.
+
+    Raises:
+        UsageError: a flag that this SGLang does not have; the nearest one is named.
+    """
+    from fixer.sglang.declared import declared_of
+    from fixer.sglang.flags import parse_flags
+
+    declared = declared_of(tree, data)
+    flags = parse_flags(argv, declared)
+    if not declared.flags:
+        click.echo("moefix: SGLang's own list of flags cannot be read here: unknown flags were not checked", err=True)
+    return flags

@@ -95,13 +95,14 @@ def _plan(words: tuple[str, ...], name: str, limit: int | None, root: Path | Non
     from fixer.model.config import load_model
     from fixer.plan.make_plan import make_plan
     from fixer.plan.write import planned_artefact
+    from fixer.sglang.declared import declared_of
     from fixer.sglang.find_tree import find_tree
     from fixer.sglang.flags import parse_flags
 
-    flags = parse_flags(words)
+    tree = find_tree(str(root) if root else None, None, data / "cache")
+    flags = parse_flags(words, declared_of(tree, data))
     model = load_model("", flags)
     card = find_card(name) if limit is None else with_shared_memory_limit(find_card(name), limit)
-    tree = find_tree(str(root) if root else None, None, data / "cache")
     with CompileCache(data) as cache:
         plan = make_plan(model, flags, card, tree, compiler_for(tree, card, data, cache))
     for note in plan.notes:

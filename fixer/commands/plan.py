@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from fixer.base.errors import CompileError, UsageError
-from fixer.commands.common import PASS_THROUGH, data_folder, wanted_cards, wanted_tree
+from fixer.commands.common import PASS_THROUGH, data_folder, wanted_cards, wanted_flags, wanted_tree
 from fixer.machine.signals import interruptible
 
 if TYPE_CHECKING:
     from fixer.machine.cards import Card
     from fixer.plan.plan import Plan
+    from fixer.sglang.flags import ServerFlags
     from fixer.sglang.tree import Tree
 
 
@@ -51,9 +51,10 @@ def command(
     if version is not None and sglang_root is not None:
         raise UsageError("--sglang and --sglang-root exclude each other", "Give one of them.")
     named = () if model is None else (f"--model-path={model}",)
-    cards = wanted_cards(gpus, smem_limit)
     with interruptible(), data_folder(home) as data:
-        plans = _plans((*sglang_flags, *named), cards, wanted_tree(sglang_root, version, data), data, lookup_only)
+        tree = wanted_tree(sglang_root, version, data)
+        flags = wanted_flags((*sglang_flags, *named), tree, data)
+        plans = _plans(flags, wanted_cards(gpus, smem_limit), tree, data, lookup_only)
         misfit = next((one for one in plans if one.decision.indivisible), None)
         if as_json or misfit is None:
             _print(plans, as_json)
@@ -69,14 +70,12 @@ def command(
             _write(plans, Path(folder), quiet=as_json)
 
 
-def _plans(argv: Sequence[str], cards: list[Card], tree: Tree, data: Path, lookup_only: bool) -> list[Plan]:
+def _plans(flags: ServerFlags, cards: list[Card], tree: Tree, data: Path, lookup_only: bool) -> list[Plan]:
     from fixer.kernel.cache import CompileCache
     from fixer.kernel.fit import compiler_for
     from fixer.model.config import load_model
     from fixer.plan.make_plan import make_plan
-    from fixer.sglang.flags import parse_flags
 
-    flags = parse_flags(argv)
     model = load_model("", flags)
     if lookup_only:
         return [make_plan(model, flags, card, tree) for card in cards]

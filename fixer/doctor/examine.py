@@ -12,10 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fixer.base.errors import CardError, MoefixError, UsageError
+from fixer.base.errors import CardError, MoefixError, SGLangError, UsageError
 from fixer.base.text import told
 from fixer.machine.cards import Card
 from fixer.machine.driver import visible_cards
+from fixer.sglang.declared import declared_of
 from fixer.sglang.find_tree import find_tree
 from fixer.sglang.flags import ServerFlags, parse_flags
 from fixer.sglang.tree import Tree
@@ -84,8 +85,11 @@ class Patient:
 
     @cached_property
     def flags(self) -> ServerFlags:
-        """The parsed flags."""
-        return parse_flags(self.argv)
+        """The parsed flags; without a tree unknown ones pass."""
+        try:
+            return parse_flags(self.argv, declared_of(self.tree))
+        except SGLangError:
+            return parse_flags(self.argv)
 
 
 @dataclass(frozen=True)

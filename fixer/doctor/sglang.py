@@ -10,6 +10,7 @@ from pathlib import Path
 from fixer.base.text import told
 from fixer.doctor.examine import Finding, Patient, State
 from fixer.machine.cards import Card
+from fixer.sglang.declared import declared_of
 from fixer.sglang.releases import PINNED, RELEASES, rules_for
 from fixer.sglang.tree import Tree
 
@@ -76,7 +77,7 @@ def look_at_model(patient: Patient) -> Iterator[Finding]:
     model = load_model("", patient.flags)
     yield Finding("model", State.OK, f"{model.name}: {model.architecture}" + (f" ({model.note})" if model.note else ""))
     for group in kinds(patient.cards):
-        decision = decide(model, patient.flags, group[0], patient.tree.release)
+        decision = decide(model, patient.flags, group[0], patient.tree.release, declared_of(patient.tree))
         yield Finding("model", State.OK, f"on {group[0].name}: {decision.reason}")
         if decision.workload is not None:
             yield from _files_for(patient.tree, decision.workload, group[0])

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from fixer.artefacts.artefact import Artefact
 from fixer.artefacts.transfer import artefacts_in, asks_for, check_versions, missing_rows, read_artefacts
-from fixer.base.errors import DockerError, ModelError, UsageError
+from fixer.base.data_folder import data_home
+from fixer.base.errors import DockerError, ModelError, SGLangError, StoreError, UsageError
 from fixer.base.files import utc_now
 from fixer.base.progress import Progress
 from fixer.image.docker_engine import ContainerRun, Engine, Gpus, Image
@@ -18,7 +19,11 @@ from fixer.image.recipe import NOT_WEIGHTS, Recipe, context, default_command, ta
 from fixer.model.config import load_model
 from fixer.model.hub import Hub, UnreachableError, refusal
 from fixer.serve.options import split_flags
-from fixer.sglang.flags import ServerFlags, parse_flags, secret_flags
+from fixer.sglang.declared import Declared, declared_of
+from fixer.sglang.find_tree import find_tree
+from fixer.sglang.flags import BUNDLED, ServerFlags, parse_flags
+from fixer.sglang.parser import read_words
+from fixer.sglang.secrets import secret_flags
 
 ALL_GPUS = Gpus()
 
@@ -100,6 +105,7 @@ def bake(order: Order, progress: Progress, environ: Mapping[str, str] = os.envir
     engine = Engine.connect()
     base = base_image(engine, order.image, progress)
     check_tag(engine, order, base)
+    check_flags(order, base, progress)
     for artefact in given:
         check_artefact(artefact, order, flags, base)
         if missing := missing_rows(artefact, flags):
@@ -136,18 +142,41 @@ def check_order(order: Order, environ: Mapping[str, str]) -> ServerFlags:
         raise UsageError("--for and --artefact exclude each other", "Give one of them.")
     if not _IMAGE_NAME.fullmatch(order.tag):
         raise UsageError(f"{order.tag[:80]!r} is no name for an image", "Write it as me/qwen3:rtx4090, in lower case.")
-    secrets = secret_flags(order.flags)
+    if order.flags and not order.flags[0].startswith("-"):
+        raise UsageError(f"{order.flags[0][:60]!r} belongs to no flag", "Name the model with --model.")
+    _refuse_secrets(order, None)
+    tokens = [environ[name] for name in PASSED_ON[:2] if environ.get(name)]
+    if any(token in word for token in tokens for word in (*order.flags, order.model, order.tag, order.revision or "")):
+        raise UsageError("your hub token is among the arguments", "Leave it out: HF_TOKEN is passed on by itself.")
+    given, _ = read_words(order.all_flags, BUNDLED)
+    if any(each.flag.dest == "config" for each in given):
+        raise UsageError("--config names a file that is not in the image", "Write its flags out.")
+    return parse_flags(order.all_flags)
+
+
+def check_flags(order: Order, base: Image, progress: Progress) -> None:
+    """Hold the flags against the list of the image's SGLang, if this machine has or can fetch the same release.
+
+    Raises:
+        UsageError: that SGLang has no such flag, or it is one that holds a secret.
+    """
+    version = base.labels.get("moefix.sglang.version", "")
+    try:
+        declared = declared_of(find_tree(None, version or None, data_home() / "cache"), data_home())
+    except (SGLangError, StoreError) as fault:
+        progress.note(f"the flags are checked in the container only: {fault.message}")
+        return
+    _refuse_secrets(order, declared)
+    parse_flags(order.all_flags, declared)
+
+
+def _refuse_secrets(order: Order, declared: Declared | None) -> None:
+    secrets = secret_flags(order.all_flags, declared)
     if secrets:
         raise UsageError(
             f"{secrets[0]} would be readable by everybody who has the image",
             "Leave it out here and give it to docker run, behind the image's name.",
         )
-    tokens = [environ[name] for name in PASSED_ON[:2] if environ.get(name)]
-    if any(token in word for token in tokens for word in (*order.flags, order.model, order.tag, order.revision or "")):
-        raise UsageError("your hub token is among the arguments", "Leave it out: HF_TOKEN is passed on by itself.")
-    if any(word.partition("=")[0] == "--config" for word in order.flags):
-        raise UsageError("--config names a file that is not in the image", "Write its flags out.")
-    return parse_flags(order.all_flags)
 
 
 def base_image(engine: Engine, name: str, progress: Progress) -> Image:

@@ -21,6 +21,7 @@ from fixer.model.rules.decide import decide
 from fixer.model.rules.ladder import ladder
 from fixer.plan.plan import Plan, PlanRow, Source, Use
 from fixer.plan.proposals import choose, offers
+from fixer.sglang.declared import declared_of
 from fixer.sglang.flags import ServerFlags
 from fixer.sglang.own_choices import OwnChoice, own_choices
 from fixer.sglang.tree import Found, Lookup, Tree
@@ -44,7 +45,7 @@ def make_plan(
         SGLangError: the tree is not one that moefix knows, or a tuning file in it would stop SGLang.
         CompileError: Triton is not installed.
     """
-    decision = decide(model, flags, card, tree.release)
+    decision = decide(model, flags, card, tree.release, declared_of(tree))
     workload = decision.workload
     asks = decision.outcome in (Outcome.ASKS, Outcome.UNCERTAIN, Outcome.ASKS_THEN_CRASHES)
     lookup = tree.lookup(workload, card) if workload is not None and asks else None

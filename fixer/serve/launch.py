@@ -1,7 +1,6 @@
 """Splits moefix's own options from SGLang's flags, and becomes the SGLang server.
 
-SGLang's flags are never parsed, reordered or respelt here. `--model` and `--model-path` are one option to SGLang in
-0.4.9 and in 0.5.17 alike (server_args.py), so either is passed on as given.
+SGLang's flags are passed on as they are given, but for what `fixer.sglang.words` writes out (the model by position).
 """
 
 from __future__ import annotations
@@ -16,6 +15,9 @@ from fixer.base.errors import SGLangError
 from fixer.serve.log.settings import Settings
 from fixer.serve.log.start_relay import start_relay
 from fixer.sglang.server import require_sglang, server_command
+
+# --- how an option's value is read: `name` is the flag or the variable that it came from -----------------------------
+
 
 # --- the server ------------------------------------------------------------------------------------------------------
 

@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from functools import partial
 from pathlib import Path
+from typing import Any, NoReturn
 
 from fixer.base.errors import UsageError
+from fixer.sglang.words import server_words
 
 _PREFIX = "--moefix"
 
 
-_SWITCHES = ("skip-tune", "fresh", "strict", "quiet", "dry-run", "skip-download", "ask")
-
-
-_VALUES = ("smem-limit", "home", "sglang-root")
-
-
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off", "")
+
+
+def _truth(name: str, value: str) -> bool:
+    word = value.strip().lower()
+    if word not in _TRUE + _FALSE:
+        raise UsageError(f"{name} is {value[:40]!r}", "Set it to 1 or 0, or leave it out.")
+    return word in _TRUE
+
+
+def _bytes(name: str, value: str) -> int:
+    text = value.strip()
+    if not (text.isascii() and text.isdigit() and len(text) <= 9 and int(text) > 0):
+        raise UsageError(f"{name} is {text[:40]!r}, not a number of bytes", f"Write {name}=101376, say.")
+    return int(text)
+
+
+def _folder(name: str, value: str) -> Path:
+    if not value or "\0" in value:
+        raise UsageError(f"{name} is {value[:40]!r}", f"Name a folder: {name}=FOLDER.")
+    return Path(value)
+
+
+_SWITCH, _BYTES, _FOLDER = {"read": _truth}, {"read": _bytes}, {"read": _folder}
 
 
 @dataclass(frozen=True)
@@ -39,16 +60,22 @@ class MoefixOptions:
         ask: ask SGLang itself which file it will look for, where that is not known from an earlier start.
     """
 
-    skip_tune: bool = False
-    fresh: bool = False
-    strict: bool = False
-    smem_limit: int | None = None
-    home: Path | None = None
-    sglang_root: Path | None = None
-    quiet: bool = False
-    dry_run: bool = False
-    skip_download: bool = False
-    ask: bool = False
+    skip_tune: bool = field(default=False, metadata=_SWITCH)
+    fresh: bool = field(default=False, metadata=_SWITCH)
+    strict: bool = field(default=False, metadata=_SWITCH)
+    smem_limit: int | None = field(default=None, metadata=_BYTES)
+    home: Path | None = field(default=None, metadata=_FOLDER)
+    sglang_root: Path | None = field(default=None, metadata=_FOLDER)
+    quiet: bool = field(default=False, metadata=_SWITCH)
+    dry_run: bool = field(default=False, metadata=_SWITCH)
+    skip_download: bool = field(default=False, metadata=_SWITCH)
+    ask: bool = field(default=False, metadata=_SWITCH)
+
+
+OWN_FLAGS: Mapping[str, Field[Any]] = {
+    f"{_PREFIX}-{option.name.replace('_', '-')}": option for option in fields(MoefixOptions)
+}
+"""Each option by its flag."""
 
 
 def split_flags(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> tuple[MoefixOptions, tuple[str, ...]]:
@@ -59,90 +86,50 @@ def split_flags(argv: Sequence[str], environ: Mapping[str, str] = os.environ) ->
         environ: environment variables, for options that no flag sets.
 
     Returns:
-        The options, and every other argument, unchanged and in order.
+        The options, and every other argument in order, by `fixer.sglang.words.server_words`.
 
     Raises:
         UsageError: an option that starts with --moefix is unknown, lacks its value or has one too many; or a value
             makes no sense.
     """
-    given = {name: environ[_variable(name)] for name in _SWITCHES + _VALUES if _variable(name) in environ}
-    rest: list[str] = []
-    arguments = iter(argv)
-    for argument in arguments:
-        if argument == "--":
-            rest += [argument, *arguments]
-        elif argument.startswith(_PREFIX):
-            name, value = _own_option(argument, arguments)
-            given[name] = value
-        else:
-            rest.append(argument)
-    return _options(given), tuple(rest)
+    end = list(argv).index("--") if "--" in argv else len(argv)
+    given, rest = _parser().parse_known_args(list(argv[:end]))
+    for word in rest:
+        if word.startswith(_PREFIX):
+            raise _unknown(word.partition("=")[0])
+    values = {**_from_variables(environ), **vars(given)}
+    return MoefixOptions(**values), server_words((*rest, *argv[end:]))
 
 
-def _variable(name: str) -> str:
-    return "MOEFIX_" + name.replace("-", "_").upper()
+def _from_variables(environ: Mapping[str, str]) -> dict[str, Any]:
+    named = {f"MOEFIX_{option.name.upper()}": option for option in OWN_FLAGS.values()}
+    return {
+        option.name: option.metadata["read"](variable, environ[variable])
+        for variable, option in named.items()
+        if environ.get(variable)
+    }
 
 
-def _own_option(argument: str, following: Iterable[str]) -> tuple[str, str]:
-    """The option's name and value. A switch's value is "1"; any other option takes the next argument if it has none."""
-    spelt, equals, value = argument.partition("=")
-    name = spelt.removeprefix(_PREFIX + "-")
-    if name in _SWITCHES and spelt.startswith(_PREFIX + "-"):
-        if equals:
-            raise UsageError(f"{spelt} takes no value, and got {value!r}", f"Write {spelt} alone, or leave it out.")
-        return name, "1"
-    if name not in _VALUES or not spelt.startswith(_PREFIX + "-"):
-        raise _unknown(spelt)
-    if not equals:
-        value = next(iter(following), "")
-    if not value:
-        raise UsageError(f"{spelt} needs a value", f"Write {spelt}=VALUE.")
-    return name, value
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        what = message.removeprefix("argument ")
+        raise UsageError(" ".join(what.split())[:200], f"Write {what.partition(':')[0]} as moefix serve --help has it.")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for flag, option in OWN_FLAGS.items():
+        read = option.metadata["read"]
+        how: dict[str, Any] = {"action": "store_true"} if read is _truth else {"type": partial(read, flag)}
+        parser.add_argument(flag, dest=option.name, **how)
+    return parser
 
 
 def _unknown(spelt: str) -> UsageError:
-    name = spelt.removeprefix(_PREFIX).replace("_", "-").strip("-")
-    near = difflib.get_close_matches(name, _SWITCHES + _VALUES, n=3, cutoff=0.6)
-    shown = [f"{_PREFIX}-{name}" for name in near or _SWITCHES + _VALUES]
+    flags = {flag.removeprefix(_PREFIX): flag for flag in OWN_FLAGS}
+    near = difflib.get_close_matches(spelt.removeprefix(_PREFIX).replace("_", "-"), flags, n=3, cutoff=0.6)
+    shown = [flags[name] for name in near or flags]
     return UsageError(
         f"moefix has no option {spelt[:60]!r}",
         f"Did you mean {' or '.join(shown)}?" if near else f"moefix's own options are {', '.join(shown)}.",
     )
-
-
-def _options(given: Mapping[str, str]) -> MoefixOptions:
-    return MoefixOptions(
-        skip_tune=_switch(given, "skip-tune"),
-        fresh=_switch(given, "fresh"),
-        strict=_switch(given, "strict"),
-        smem_limit=_bytes(given, "smem-limit"),
-        home=_folder(given, "home"),
-        sglang_root=_folder(given, "sglang-root"),
-        quiet=_switch(given, "quiet"),
-        dry_run=_switch(given, "dry-run"),
-        skip_download=_switch(given, "skip-download"),
-        ask=_switch(given, "ask"),
-    )
-
-
-def _switch(given: Mapping[str, str], name: str) -> bool:
-    value = given.get(name, "").strip().lower()
-    if value not in _TRUE + _FALSE:
-        raise UsageError(f"{_variable(name)} is {given[name][:40]!r}", "Set it to 1 or 0, or leave it out.")
-    return value in _TRUE
-
-
-def _bytes(given: Mapping[str, str], name: str) -> int | None:
-    value = given.get(name, "").strip()
-    if not value:
-        return None
-    if not (value.isascii() and value.isdigit() and len(value) <= 9 and int(value) > 0):
-        raise UsageError(f"{_PREFIX}-{name} is {value[:40]!r}, not a number of bytes", "Write it as 101376, say.")
-    return int(value)
-
-
-def _folder(given: Mapping[str, str], name: str) -> Path | None:
-    value = given.get(name, "")
-    if "\0" in value:
-        raise UsageError(f"{_PREFIX}-{name} holds a zero byte", "Name a folder.")
-    return Path(value) if value else None

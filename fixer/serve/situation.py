@@ -13,6 +13,7 @@ from fixer.model.config import Model, load_model
 from fixer.model.rules.case import Decision, Outcome
 from fixer.model.rules.decide import decide
 from fixer.model.rules.ladder import ladder
+from fixer.sglang.declared import declared_of
 from fixer.sglang.find_tree import find_tree
 from fixer.sglang.flags import ServerFlags, parse_flags
 from fixer.sglang.tree import Tree
@@ -60,7 +61,9 @@ def look_around(
     Raises:
         MoefixError: no card, no SGLang, no such model, flags that contradict one another.
     """
-    flags = parse_flags(argv)
+    tree = find_tree(str(sglang_root) if sglang_root else None, None, home / "cache", fetch=False)
+    declared = declared_of(tree, home)
+    flags = parse_flags(argv, declared)
     model = load_model("", flags)
     cards = visible_cards()
     if not cards:
@@ -70,8 +73,7 @@ def look_around(
         )
     if smem_limit is not None:
         cards = tuple(with_shared_memory_limit(card, smem_limit) for card in cards)
-    tree = find_tree(str(sglang_root) if sglang_root else None, None, home / "cache", fetch=False)
     by_kind = kinds(cards)
     return Situation(
-        model, flags, tree, by_kind, tuple(decide(model, flags, kind[0], tree.release) for kind in by_kind)
+        model, flags, tree, by_kind, tuple(decide(model, flags, kind[0], tree.release, declared) for kind in by_kind)
     )

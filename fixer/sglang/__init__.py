@@ -1,1 +1,1 @@
-"""SGLang as it lies on disk: its releases, its tree, and its own functions."""
+"""What moefix knows of SGLang: what a tree declares, its flags, its files, its server."""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from fixer.base.errors import SGLangError
 from fixer.base.text import harmless
+from fixer.sglang.flag_source import DECLARING
 from fixer.sglang.lookup import LOOKUP_SOURCES
 from fixer.sglang.releases import PINNED, RELEASES, Release
 from fixer.sglang.tree import CALLERS, CONFIG_FOLDERS, KERNEL_SOURCES, Tree, nearest_tree
@@ -126,6 +127,8 @@ def _fetch(release: Release, home: Path) -> None:
 def _wanted(name: str) -> bool:
     relative = name.removeprefix("sglang/")
     if relative in (*LOOKUP_SOURCES, *CALLERS, *KERNEL_SOURCES, *VERSION_SOURCES):
+        return True
+    if relative.endswith(".py") and relative.startswith(DECLARING):
         return True
     return relative.endswith(".json") and relative.startswith(tuple(folder + "/" for folder in CONFIG_FOLDERS))
 

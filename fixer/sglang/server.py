@@ -10,14 +10,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fixer.base.errors import SGLangError
-from fixer.sglang.flags import plain_flags
 from fixer.sglang.log_lines import read_line
+from fixer.sglang.secrets import plain_flags
 
 
 def server_command(argv: Sequence[str]) -> list[str]:
     """The server's command line: this Python, SGLang's launcher, and exactly the user's flags.
 
-    `python -m sglang.launch_server` is in every release from 0.4.9 to 0.5.23; `sglang serve` is not.
+    `python -m sglang.launch_server` is in every release. From 0.5.17 on it recommends `sglang serve`, which ends in the
+    same two calls (prepare_server_args, run_server; cli/serve.py:113-119) but takes less: no model from a --config
+    file, none behind an abbreviation of --model-path (cli/utils.py:get_model_path), and it asks the hub for a
+    model_index.json at every start, cached or not. So the launcher it is.
     """
     return [sys.executable, "-m", "sglang.launch_server", *argv]
 

@@ -236,7 +236,7 @@ FAULTS = [
     (["--gpu", "RTX 9999"], 4, "RTX 9999"),
     (["--gpu", "4090", "--ep", "3", "--tp", "4"], 2, "--ep-size 3"),
     (["--gpu", "4090", "--tp", "-2"], 2, "--tp"),
-    (["--gpu", "4090", "--tp"], 2, "--tp needs a value"),
+    (["--gpu", "4090", "--tp"], 2, "--tp-size needs a value"),
     (["--gpu", "4090", "--smem-limit", "ninety"], 2, "ninety"),
     (["--gpu", "4090", "--smem-limit", "-5"], 2, "-5 bytes"),
     (["--gpu", "4090", "--smem-limit", "999999"], 2, "999999"),

@@ -1,13 +1,13 @@
 """SGLang's flags in all their spellings."""
 
-from pathlib import Path
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fixer.base.errors import UsageError
-from fixer.sglang.flags import OPTIONS, Kind, ServerFlags, json_depth, parse_flags
+from fixer.sglang.declared import declared_of
+from fixer.sglang.flags import BUNDLED, ServerFlags, json_depth, parse_flags
+from fixer.sglang.tree import Tree
 
 
 @pytest.mark.parametrize("spelling", ["--tp", "--tp-size", "--tensor-parallel-size"])
@@ -92,7 +92,6 @@ def test_a_list_ends_at_the_next_flag() -> None:
         ["--json-model-override-args", "[" * 100000],
         ["--json-model-override-args", '{"a":' * 40 + "1" + "}" * 40],
         ["--json-model-override-args", '{"a": NaN}'],
-        ["--config", "/does/not/exist.yaml"],
     ],
 )
 def test_bad_values_name_the_flag(words: list[str]) -> None:
@@ -103,31 +102,45 @@ def test_bad_values_name_the_flag(words: list[str]) -> None:
     assert "\n" not in caught.value.message
 
 
-def test_config_file_comes_before_the_command_line(tmp_path: Path) -> None:
-    file = tmp_path / "server.yaml"
-    file.write_text("# ours\nmodel-path: a/b\ntp_size: 4  # four\nenable-dp-attention: true\ncuda-graph-bs: [1, 2]\n")
-    flags = parse_flags(["--config", str(file), "--tp", "2"])
-    assert (flags.model_path, flags.tp_size, flags.enable_dp_attention) == ("a/b", 2, True)
-    assert flags.cuda_graph_bs == (1, 2)
-    assert flags.unread == ()
-
-
-def test_config_file_that_is_more_than_plain_is_reported(tmp_path: Path) -> None:
-    file = tmp_path / "server.yaml"
-    file.write_text("tp-size: 2\ncuda-graph-bs:\n  - 1\n  - 2\n")
-    flags = parse_flags(["--config", str(file)])
-    assert (flags.tp_size, flags.unread) == (2, ("--config",))
-
-
 def test_flags_that_are_not_read_are_reported() -> None:
     assert parse_flags(["--cuda-graph-config", "{}"]).unread == ("--cuda-graph-config",)
 
 
-def test_every_option_sets_a_field() -> None:
-    names = set(ServerFlags.__dataclass_fields__)
-    assert {option.name for option in OPTIONS} - names == {"config", "cuda_graph_config"}
-    spellings = [spelling for option in OPTIONS for spelling in option.spellings]
+def test_every_flag_sets_a_field_or_is_known_otherwise() -> None:
+    known = {flag.dest: flag for flag in BUNDLED.flags}
+    fields = set(ServerFlags.__dataclass_fields__) - {"model_overrides", "unread", "unchecked"}
+    assert known.keys() - fields == {
+        *("config", "cuda_graph_config", "model_overrides"),
+        *("api_key", "admin_api_key", "ssl_keyfile_password", "ssl_keyfile", "ssl_ca_certs"),
+    }
+    assert fields <= known.keys()
+    spellings = [spelling for flag in BUNDLED.flags for spelling in flag.spellings]
     assert len(spellings) == len(set(spellings))
+
+
+def test_without_a_tree_unknown_flags_pass_and_are_told() -> None:
+    flags = parse_flags(["m", "--tpp", "2", "--enable-metrics", "--tpp=3"])
+    assert (flags.model_path, flags.tp_size, flags.unchecked) == ("m", 1, ("--tpp", "--enable-metrics"))
+
+
+@pytest.mark.parametrize("release", ["0.4.9", "0.5.17", "0.5.23"])
+def test_every_field_is_read_of_a_tree_that_has_it(release: str, trees: dict[str, Tree]) -> None:
+    declared = declared_of(trees[release])
+    bundled = {spelling: flag.dest for flag in BUNDLED.flags for spelling in flag.spellings}
+    values = {"dtype": "half", "model_overrides": '{"a": 1}', "load_format": "dummy", "log_level": "warning"}
+    defaults = ServerFlags()
+    for flag in declared.flags:
+        name = next((bundled[spelling] for spelling in flag.spellings if spelling in bundled), "")
+        if name in ServerFlags.__dataclass_fields__:
+            chosen = next((str(choice) for choice in flag.choices or () if choice not in ("auto", "none")), "7")
+            value = [values.get(name, chosen)] if flag.takes_value else []
+            read = parse_flags([flag.spellings[0], *value], declared)
+            assert getattr(read, name) != getattr(defaults, name), flag.spellings
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("8k", 8000), ("8Ki", 8192), ("1M", 1000000), ("8192", 8192)])
+def test_numbers_that_people_can_read(text: str, tokens: int, trees: dict[str, Tree]) -> None:
+    assert parse_flags(["--max-prefill-tokens", text], declared_of(trees["0.5.17"])).max_prefill_tokens == tokens
 
 
 def test_depth() -> None:
@@ -136,7 +149,7 @@ def test_depth() -> None:
 
 _WORD = st.one_of(
     st.sampled_from(
-        [spelling for option in OPTIONS if option.kind is not Kind.UNREAD for spelling in option.spellings]
+        [spelling for flag in BUNDLED.flags if flag.dest != "cuda_graph_config" for spelling in flag.spellings]
     ),
     st.text(max_size=12),
     st.integers(-3, 9).map(str),

@@ -13,6 +13,7 @@ from fixer.model.config import Model
 from fixer.model.rules.families import ExpertLayer, size
 from fixer.model.rules.family import SharedFusion
 from fixer.model.rules.scheme import Scheme
+from fixer.sglang.declared import Declared
 from fixer.sglang.flags import ServerFlags
 from fixer.sglang.releases import NEW, OLD, at_least, release_key
 from fixer.workload import Workload
@@ -73,6 +74,7 @@ class Server:
     flags: ServerFlags
     card: Card
     release: str
+    declared: Declared
 
 
 @dataclass(frozen=True)

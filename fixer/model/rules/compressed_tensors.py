@@ -20,7 +20,7 @@ from fixer.model.rules.scheme import (
     weight_only_scheme,
 )
 from fixer.model.rules.values import read_block_shape, read_integer, read_mapping, read_text
-from fixer.sglang.releases import NEW, NEWEST, at_least
+from fixer.sglang.releases import NEW, NEWEST, OLD, at_least
 from fixer.workload import NumberFormat
 
 
@@ -83,9 +83,9 @@ def compressed_tensors_scheme(question: Question, scheme: Scheme) -> Scheme:
 
 
 def _ct_nvfp4(question: Question, scheme: Scheme, _group: _Group) -> Scheme:
-    if question.arch >= 100 and at_least(question.release, NEW):
+    if question.arch >= 100 and question.release != OLD:
         return by_other_kernel(scheme, "flashinfer_cutlass", "SGLang serves NVFP4 experts with flashinfer_cutlass")
-    if at_least(question.release, NEWEST):
+    if question.release not in (OLD, NEW):
         return by_other_kernel(scheme, "marlin", "SGLang serves NVFP4 experts weight-only with Marlin on this card")
     return refuse(
         scheme,
@@ -116,7 +116,7 @@ def _ct_weight_only(question: Question, scheme: Scheme, group: _Group) -> Scheme
 
 
 def _ct_fp8(question: Question, scheme: Scheme, group: _Group) -> Scheme:
-    if group.strategy == "block" and not at_least(question.release, NEW):
+    if group.strategy == "block" and question.release == OLD:
         return refuse(scheme, f"SGLang {question.release} stops: it has no block-wise compressed-tensors experts")
     scheme = replace(scheme, number_format=NumberFormat.FP8_W8A8, per_channel=group.strategy == "channel")
     if group.strategy == "block":

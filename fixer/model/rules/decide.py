@@ -29,10 +29,11 @@ from fixer.model.rules.dense import shapes_asked_for
 from fixer.model.rules.families import ExpertLayer, expert_layer, family_of, size
 from fixer.model.rules.family import NONE, Attention, Family
 from fixer.model.rules.quantization import resolve
-from fixer.model.rules.runner import RUNNERS, by_runner, mixtral_fused
+from fixer.model.rules.runner import by_runner, mixtral_fused
 from fixer.model.rules.scheme import Fate, Question
+from fixer.sglang.declared import NOTHING_DECLARED, Declared
 from fixer.sglang.flags import ServerFlags
-from fixer.sglang.releases import KNOWN_RELEASES, NEW, OLD, at_least, release_key, rules_for
+from fixer.sglang.releases import KNOWN_RELEASES, NEW, OLD, at_least, rules_for
 from fixer.workload import NumberFormat, Workload
 
 TRITON = "fused_moe_triton"
@@ -43,11 +44,14 @@ _FROM_VLLM = frozenset({"awq_marlin", "gptq_marlin", "awq", "gptq", "gguf", "bit
 """Methods that 0.4.9 takes from vLLM (layers/quantization/__init__.py of 0.4.9)."""
 
 
-def decide(model: Model, flags: ServerFlags, card: Card, release: str) -> Decision:
+def decide(
+    model: Model, flags: ServerFlags, card: Card, release: str, declared: Declared = NOTHING_DECLARED
+) -> Decision:
     """What SGLang of that release does on that card.
 
     Args:
         release: SGLang's version; one between the known ones follows the newest known that is not newer.
+        declared: what its tree has; without it no architecture and no quantisation counts as unknown to SGLang.
 
     Raises:
         UsageError: parallel sizes that cannot go together, whatever the model.
@@ -56,12 +60,12 @@ def decide(model: Model, flags: ServerFlags, card: Card, release: str) -> Decisi
     shard = shard_of(flags, release)
     layer = expert_layer(model.architecture, model.text_config)
     if layer is None:
-        return _without_experts(Server(model, flags, card, release))
-    unknown, indivisible = _unknown_to(release, layer, model), _indivisible(model, flags, layer, shard)
+        return _without_experts(Server(model, flags, card, release, declared))
+    unknown, indivisible = _unknown_to(release, declared, model), _indivisible(model, flags, layer, shard)
     if unknown or indivisible:
         return Decision(Outcome.LOAD_ERROR, "none", unknown or indivisible, indivisible=not unknown)
-    scheme = resolve(_question(Server(model, flags, card, release), layer.family, layer, shard))
-    case = Case(model, flags, card, release, layer, shard, scheme)
+    scheme = resolve(_question(Server(model, flags, card, release, declared), layer.family, layer, shard))
+    case = Case(model, flags, card, release, declared, layer, shard, scheme)
     decision = _elsewhere(case) or _here(case)
     return replace(decision, notes=(*([model.note] if model.note else []), *decision.notes, *_notes(case)))
 
@@ -72,8 +76,8 @@ def layer_workload(model: Model, flags: ServerFlags, card: Card, release: str) -
     layer = expert_layer(model.architecture, model.text_config)
     if layer is None:
         return None
-    scheme = resolve(_question(Server(model, flags, card, release), layer.family, layer, shard))
-    return _workload(Case(model, flags, card, release, layer, shard, scheme))
+    scheme = resolve(_question(Server(model, flags, card, release, NOTHING_DECLARED), layer.family, layer, shard))
+    return _workload(Case(model, flags, card, release, NOTHING_DECLARED, layer, shard, scheme))
 
 
 # --- no experts -------------------------------------------------------------------------------------------------
@@ -97,12 +101,16 @@ def _without_experts(server: Server) -> Decision:
 # --- the shard --------------------------------------------------------------------------------------------------
 
 
-def _unknown_to(release: str, layer: ExpertLayer, model: Model) -> str:
-    """Why a release cannot load the architecture, "" where it can."""
-    since = layer.family.since
-    if not layer.certain or not since or at_least(release, since) or release_key(release) != release_key(OLD):
+_TRANSFORMERS = "TransformersMoEForCausalLM"
+"""With this class a tree runs Transformers' own model, experts and all, where it has none (models/transformers.py)."""
+
+
+def _unknown_to(release: str, declared: Declared, model: Model) -> str:
+    """Why the tree cannot load the architecture, "" where it can, may, or cannot be read."""
+    known = declared.architectures
+    if not known or model.architecture in known or _TRANSFORMERS in known:
         return ""
-    return f"SGLang {release} stops: it does not know {model.architecture}; use {since} or newer"
+    return f"SGLang {release} stops: it has no {model.architecture}; use a release that has it"
 
 
 def _indivisible(model: Model, flags: ServerFlags, layer: ExpertLayer, shard: Shard) -> str:
@@ -151,6 +159,7 @@ def _question(server: Server, family: Family, layer: ExpertLayer | None, shard: 
         runner=flags.moe_runner_backend,
         arch=server.card.arch,
         release=server.release,
+        methods=server.declared.quantization_methods,
         hidden=layer.hidden if layer else 128,
         width=layer.width // shard.moe_tp if layer else 128,
         tp_size=shard.tp,
@@ -182,9 +191,6 @@ def _refusal(case: Case) -> str:
     """Why SGLang stops at the quantisation, "" where it does not."""
     if case.scheme.fate is Fate.LOAD_ERROR:
         return case.scheme.reason
-    runner = case.flags.moe_runner_backend
-    if case.release in KNOWN_RELEASES and runner not in RUNNERS:
-        return f"SGLang stops: it knows no --moe-runner-backend {runner[:40]}; leave it out"
     if case.scheme.method != NONE and case.flags.dtype == "float32":
         return f"SGLang stops: {case.scheme.method} does not go with --dtype float32; leave it out"
     return ""
@@ -230,12 +236,8 @@ def _doubt(case: Case) -> str:
             f"SGLang's {method} names its own kernel; moefix does not know how it goes with the runner {runner}",
         ),
         (
-            layer.certain and not layer.family.since,
-            f"SGLang has no model class for {architecture}; worked out as SGLang's own tuner does",
-        ),
-        (
-            bool(layer.family.since) and not at_least(case.release, layer.family.since),
-            f"moefix does not know what SGLang {case.release} does with {architecture}",
+            bool(case.declared.architectures) and architecture not in case.declared.architectures,
+            f"SGLang {case.release} has no {architecture} and would try Transformers' own model",
         ),
         (
             layer.varies and not layer.family.pairs,
@@ -319,6 +321,9 @@ def _notes(case: Case) -> tuple[str, ...]:
             not at_least(case.release, NEW) and case.scheme.method in _FROM_VLLM
         ),
         f"not read: {', '.join(flags.unread)}": bool(flags.unread),
+        f"not checked, since this SGLang's list of flags cannot be read: {', '.join(flags.unchecked)[:200]}": bool(
+            flags.unchecked
+        ),
         "planned for the text experts; SGLang looks for files of the vision experts too": (
             case.layer.family.pairs and case.layer.varies
         ),

@@ -50,7 +50,6 @@ UNKNOWN_FAMILY = Family(
         "ffn_config.moe_top_k",
     ),
     hidden=("hidden_size", "d_model", "n_embd"),
-    since="",
 )
 
 _BY_ARCHITECTURE: Mapping[str, Family] = {name: family for family in FAMILIES for name in family.architectures}

@@ -81,7 +81,6 @@ class Family:
         fusion: the rule for shared experts, None where they are never fused.
         redundant: `--ep-num-redundant-experts` adds to E.
         gated: gate and up projections are both there.
-        since: the first known release that has the architecture; "" where SGLang has no model class of its own.
         attention: for the dense block-FP8 shapes.
         runners: the auto choice of the runner, first match wins.
         path: the experts' module below a layer, for lists of unquantised modules.
@@ -100,7 +99,6 @@ class Family:
     fusion: SharedFusion | None = None
     redundant: bool = False
     gated: bool = True
-    since: str = NEW
     attention: Attention = Attention.OTHER
     runners: tuple[RunnerRule, ...] = ()
     path: str = "mlp.experts"

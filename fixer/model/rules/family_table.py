@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fixer.model.rules.family import INT4_GROUP32, NONE, Attention, Family, RunnerRule, SharedFusion
-from fixer.sglang.releases import NEW, NEWEST, OLD
+from fixer.sglang.releases import NEW, NEWEST
 
 _MODELOPT = frozenset({"modelopt_fp8", "modelopt_fp4", "modelopt_mixed"})
 
@@ -62,7 +62,6 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         ("Qwen3MoeForCausalLM", "Qwen3MoeForCausalLMMTP"),  # qwen3_moe.py:258
         redundant=True,
-        since=OLD,
         attention=Attention.GROUPED,
         runners=_QWEN_RUNNERS,
         model_types=("qwen3_moe",),
@@ -83,7 +82,6 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         ("Qwen2MoeForCausalLM",),  # qwen2_moe.py:281; fusion is not switched on for CUDA
         redundant=True,
-        since=OLD,
         attention=Attention.GROUPED,
         model_types=("qwen2_moe",),
         shared_width="shared_expert_intermediate_size",
@@ -109,7 +107,6 @@ FAMILIES: tuple[Family, ...] = (
         ("DeepseekV3ForCausalLM",),  # deepseek_v2.py:643
         experts=_DEEPSEEK_FIELDS,
         redundant=True,
-        since=OLD,
         fusion=_DEEPSEEK_FUSION,
         runners=_DEEPSEEK_RUNNERS,
         model_types=("deepseek_v3", "kimi_k2"),
@@ -126,7 +123,6 @@ FAMILIES: tuple[Family, ...] = (
         ("DeepseekV2ForCausalLM",),
         experts=_DEEPSEEK_FIELDS,
         redundant=True,
-        since=OLD,
         fusion=_DEEPSEEK_FUSION,
         model_types=("deepseek_v2",),
     ),
@@ -134,7 +130,6 @@ FAMILIES: tuple[Family, ...] = (
         ("KimiVLForConditionalGeneration", "DeepseekVL2ForCausalLM"),
         experts=_DEEPSEEK_FIELDS,
         redundant=True,
-        since=OLD,
         fusion=_DEEPSEEK_FUSION,
     ),
     Family(("DotsVLMForCausalLM",), experts=_DEEPSEEK_FIELDS, redundant=True, fusion=_DEEPSEEK_FUSION),
@@ -151,7 +146,7 @@ FAMILIES: tuple[Family, ...] = (
         redundant=True,
         fusion=SharedFusion(only_enforced=True),
     ),
-    Family(("DeepseekForCausalLM",), experts=_DEEPSEEK_FIELDS, since=OLD, model_types=("deepseek",)),  # deepseek.py
+    Family(("DeepseekForCausalLM",), experts=_DEEPSEEK_FIELDS, model_types=("deepseek",)),  # deepseek.py
     Family(
         ("GlmMoeDsaForCausalLM",),  # glm4_moe.py:1461: the DeepSeek rule with its own name
         experts=_DEEPSEEK_FIELDS,
@@ -192,7 +187,6 @@ FAMILIES: tuple[Family, ...] = (
         ("MixtralForCausalLM", "QuantMixtralForCausalLM"),  # mixtral.py:225
         experts=_LOCAL,
         width=("intermediate_size",),
-        since=OLD,
         attention=Attention.GROUPED,
         path="block_sparse_moe.experts",
         model_types=("mixtral",),
@@ -216,7 +210,6 @@ FAMILIES: tuple[Family, ...] = (
         ("GraniteMoeSharedForCausalLM",),  # 0.5.23's granitemoe.py
         experts=_LOCAL,
         width=("intermediate_size",),
-        since=NEWEST,
         path="block_sparse_moe.experts",
         model_types=("granitemoeshared",),
     ),
@@ -233,7 +226,6 @@ FAMILIES: tuple[Family, ...] = (
         ("Llama4ForConditionalGeneration", "Llama4ForCausalLM"),  # llama4.py:118, overrides.py:991
         experts=_LOCAL,
         width=("intermediate_size",),
-        since=OLD,
         runners=(_trtllm("fp8", "modelopt_fp8", flag_only=True),),
         path="feed_forward.experts",
         model_types=("llama4_text",),
@@ -264,14 +256,12 @@ FAMILIES: tuple[Family, ...] = (
         ("Grok1ForCausalLM", "Grok1ModelForCausalLM"),  # grok.py:507
         experts=_LOCAL,
         width=("moe_intermediate_size", "intermediate_size"),
-        since=OLD,
         path="block_sparse_moe.experts",
     ),
     Family(
         ("Grok1AForCausalLM",),  # known to SGLang's tuner only
         experts=_LOCAL,
         width=("moe_intermediate_size", "intermediate_size"),
-        since="",
     ),
     Family(
         ("DbrxForCausalLM",),  # dbrx.py: fused_moe called directly
@@ -279,14 +269,12 @@ FAMILIES: tuple[Family, ...] = (
         width=("ffn_config.ffn_hidden_size",),
         top_k=("ffn_config.moe_top_k",),
         hidden=("d_model",),
-        since=OLD,
         path="ffn.experts",
     ),
-    Family(("JambaForCausalLM",), width=("intermediate_size",), since=""),  # known to SGLang's tuner only
+    Family(("JambaForCausalLM",), width=("intermediate_size",)),  # known to SGLang's tuner only
     Family(
         ("OlmoeForCausalLM",),  # olmoe.py:226
         width=("intermediate_size",),
-        since=OLD,
         attention=Attention.GROUPED,
         model_types=("olmoe",),
     ),
@@ -296,7 +284,7 @@ FAMILIES: tuple[Family, ...] = (
         runners=(_trtllm(NONE, since=NEWEST),),
         model_types=("cohere2_moe",),
     ),
-    Family(("XverseMoeForCausalLM",), width=("intermediate_size",), top_k=("moe_top_k",), since=OLD),
+    Family(("XverseMoeForCausalLM",), width=("intermediate_size",), top_k=("moe_top_k",)),
     Family(
         ("MiMoV2ForCausalLM", "MiMoV2FlashForCausalLM"),  # mimo_v2.py:410
         experts=_DEEPSEEK_FIELDS,
@@ -345,7 +333,6 @@ FAMILIES: tuple[Family, ...] = (
         ("HunYuanMoEV1ForCausalLM",),  # hunyuan.py:136-165
         width=("moe_intermediate_size", "intermediate_size"),
         top_k=("moe_topk",),
-        since=OLD,
     ),
     Family(("HYV3ForCausalLM",)),
     Family(
@@ -383,14 +370,14 @@ FAMILIES: tuple[Family, ...] = (
         ),
         redundant=True,
     ),
-    Family(("ExaoneMoeForCausalLM",), redundant=True, since=NEWEST),  # 0.5.17 spells it MoE
+    Family(("ExaoneMoeForCausalLM",), redundant=True),  # 0.5.17 spells it MoE
     Family(("BailingMoeV2_5ForCausalLM", "AfmoeForCausalLM")),
     Family(
         ("Lfm2MoeForCausalLM",),  # lfm2_moe.py:147
         path="feed_forward.experts",
         model_types=("lfm2_moe",),
     ),
-    Family(("InternVLChatModel",), since=OLD, inner=True),
+    Family(("InternVLChatModel",), inner=True),
     Family(
         (
             "InternS1ForConditionalGeneration",

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from fixer.model.rules.family import NONE
+from fixer.model.rules.quantization import unknown_to
 from fixer.model.rules.scheme import Question
 from fixer.model.rules.values import read_integer, read_mapping, read_text
-from fixer.sglang.releases import NEW, at_least
 
 _SPELLINGS: Mapping[str, str] = {"compressed_tensors": "compressed-tensors", "auto_round": "auto-round"}
 
@@ -28,32 +28,13 @@ _COMPATIBLE: Mapping[str, frozenset[str]] = {
 }
 
 
-# What 0.4.9 does not have (layers/quantization/__init__.py of 0.4.9).
-_NOT_IN_OLD = frozenset(
-    {
-        "modelopt_fp8",
-        "modelopt_mixed",
-        "mxfp4",
-        "mxfp8",
-        "nvfp4_online",
-        "quark",
-        "quark_mxfp4",
-        "auto-round",
-        "auto-round-int8",
-        "w4afp8",
-        "petit_nvfp4",
-        "humming",
-    }
-)
-
-
 def method_of(question: Question) -> tuple[str, str]:
     """SGLang's name for the quantisation, and why SGLang refuses it ("" where it does not)."""
     config, flag = question.quant_config, question.flag
     flag = _SPELLINGS.get(flag, flag) if flag else flag
     if config is None:
         method = flag or NONE
-        return method, _unknown_in(method, question.release)
+        return method, unknown_to(method, question)
     found = checkpoint_method(config)
     method = _converted(found, flag, config, question.arch) or flag or found
     compatible = (
@@ -68,13 +49,7 @@ def method_of(question: Question) -> tuple[str, str]:
         )
     if method == "modelopt":
         method = found
-    return method, _unknown_in(method, question.release)
-
-
-def _unknown_in(method: str, release: str) -> str:
-    if method in _NOT_IN_OLD and not at_least(release, NEW):
-        return f"SGLang stops: release {release} has no quantisation {method}; use {NEW} or newer"
-    return ""
+    return method, unknown_to(method, question)
 
 
 def checkpoint_method(config: Mapping[str, Any]) -> str:

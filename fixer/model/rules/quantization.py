@@ -29,7 +29,7 @@ from fixer.model.rules.scheme import (
     weight_only_scheme,
 )
 from fixer.model.rules.values import read_block_shape, read_integer, read_mapping, read_text
-from fixer.sglang.releases import KNOWN_RELEASES, NEW, NEWEST, at_least
+from fixer.sglang.releases import NEW, NEWEST, at_least
 from fixer.workload import NumberFormat
 
 
@@ -43,6 +43,19 @@ def resolve(question: Question) -> Scheme:
     if refusal:
         return Scheme(Fate.LOAD_ERROR, method, reason=refusal, label=method)
     return HANDLERS.get(method, _unknown)(question, replace(PLAIN, method=method, label=method))
+
+
+# --- which method -----------------------------------------------------------------------------------------------
+
+
+def unknown_to(method: str, question: Question) -> str:
+    """Why SGLang refuses a method that its tree does not have, "" where it has it or the tree cannot be read."""
+    if not question.methods or method in (NONE, *question.methods):
+        return ""
+    return f"SGLang stops: {question.release} has no quantisation {method}; use a release or a checkpoint that does"
+
+
+# --- lists of unquantised modules -------------------------------------------------------------------------------
 
 
 # --- one handler a method ---------------------------------------------------------------------------------------
@@ -241,14 +254,8 @@ def _no_method(_question: Question, scheme: Scheme) -> Scheme:
     return refuse(scheme, f"SGLang stops: it has no quantisation {scheme.method} for experts")
 
 
-# Choices of --quantization without a handler here: for other makers' chips, or 0.4.9's.
-_NOT_HANDLED = frozenset({"marlin", "modelslim", "mxfp_w4a8", "mlx_q4", "mlx_q8", "qoq"})
-
-
-def _unknown(question: Question, scheme: Scheme) -> Scheme:
+def _unknown(_question: Question, scheme: Scheme) -> Scheme:
     shown = scheme.method[:40]
-    if question.release in KNOWN_RELEASES and question.flag == scheme.method and shown not in _NOT_HANDLED:
-        return refuse(scheme, f"SGLang stops: it knows no --quantization {shown}; leave it out")
     return replace(
         scheme,
         fate=Fate.UNCERTAIN,

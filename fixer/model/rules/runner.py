@@ -7,35 +7,6 @@ from fixer.model.rules.case import Case, Decision, other_kernel
 from fixer.model.rules.family import NONE, RunnerRule
 from fixer.sglang.releases import at_least
 
-# All that --moe-runner-backend takes, in any of the known releases (server_args.py:248, arg_groups/choices.py:136).
-RUNNERS = frozenset(
-    [
-        "auto",
-        "deep_gemm",
-        "triton",
-        "triton_kernel",
-        "flashinfer_trtllm",
-        "experimental_sgl_trtllm",
-        "flashinfer_trtllm_routed",
-        "flashinfer_cutlass",
-        "flashinfer_mxfp4",
-        "flashinfer_cutedsl",
-        "flashinfer_megamoe",
-        "cutlass",
-        "aiter",
-        "marlin",
-        "humming",
-        "experimental_sgl_marlin",
-        "lora_cutedsl",
-        "lora_triton",
-        "lora_marlin",
-        "hpc_ops",
-        "megamoe",
-        "intel_xpu",
-    ]
-)
-
-
 # Their code names the Triton runner itself (w8a8_int8.py:333, blockwise_int8.py:363, moe_wna16.py:367).
 _TRITON_ALWAYS = frozenset({"w8a8_int8", "auto-round-int8", "blockwise_int8", "moe_wna16"})
 

@@ -70,6 +70,7 @@ class Question:
         runner: `--moe-runner-backend`.
         arch: the card's architecture, 89 for compute capability 8.9.
         release: SGLang's release.
+        methods: those that its tree has, empty where that is not known.
         hidden: hidden size, in elements.
         width: the experts' intermediate size on one rank, in elements.
         tp_size: tensor parallel ranks.
@@ -88,6 +89,7 @@ class Question:
     tp_size: int
     layers: tuple[tuple[str, ...], ...]
     rescue: Callable[[int], str]
+    methods: frozenset[str] = frozenset()
 
 
 PLAIN = Scheme(Fate.TRITON, NONE, label=NONE)

@@ -26,8 +26,10 @@ from fixer.machine.signals import deferred
 from fixer.model.config import Model
 from fixer.serve.asking.few_layers import few_layers, thawed
 from fixer.serve.log.verdict import SETTLING_SECONDS, Expected, Seen, ran_instead
-from fixer.sglang.flags import ServerFlags, parse_flags, plain_flags
+from fixer.sglang.declared import NOTHING_DECLARED, Declared, declared_of
+from fixer.sglang.flags import ServerFlags
 from fixer.sglang.log_lines import read_line
+from fixer.sglang.secrets import plain_flags
 from fixer.sglang.server import server_command
 
 if TYPE_CHECKING:
@@ -79,10 +81,9 @@ def ask(situation: Situation, argv: Sequence[str], home: Path, limit: float = LI
         raise SGLangError(f"SGLang in {situation.tree.package} cannot be started, only read")
     if flags.nnodes > 1:
         raise SGLangError("SGLang cannot be asked about several nodes from one of them")
-    if parse_flags(_kept(argv)).skip_server_warmup:
-        raise SGLangError("SGLang cannot be asked while its --config file has skip-server-warmup")
     port = free_port()
-    words = asking_flags(argv, situation.model, flags, situation.tree.release, port)
+    declared = declared_of(situation.tree)
+    words = asking_flags(argv, situation.model, flags, situation.tree.release, port, declared)
     with _server(server_command(words), home / "ask.log") as server:
         return _conversation(server, situation, limit)
 
@@ -90,7 +91,14 @@ def ask(situation: Situation, argv: Sequence[str], home: Path, limit: float = LI
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
-def asking_flags(argv: Sequence[str], model: Model, flags: ServerFlags, release: str, port: int) -> tuple[str, ...]:
+def asking_flags(
+    argv: Sequence[str],
+    model: Model,
+    flags: ServerFlags,
+    release: str,
+    port: int,
+    declared: Declared = NOTHING_DECLARED,
+) -> tuple[str, ...]:
     """The user's flags but for secrets and TLS, and after them those that make the start quick."""
     added = [*ADDED_FLAGS, "--port", str(port), "--max-running-requests", str(8 * flags.dp_size)]
     overrides = {**thawed(flags.model_overrides)}
@@ -99,11 +107,7 @@ def asking_flags(argv: Sequence[str], model: Model, flags: ServerFlags, release:
         overrides[name] = {**inner, **value} if isinstance(inner, dict) and isinstance(value, dict) else value
     if overrides:
         added += ["--json-model-override-args", json.dumps(overrides)]
-    return (*_kept(argv), *added)
-
-
-def _kept(argv: Sequence[str]) -> list[str]:
-    return [word for word in plain_flags(argv) if word not in DROPPED_SWITCHES]
+    return (*(word for word in plain_flags(argv, declared) if word not in DROPPED_SWITCHES), *added)
 
 
 # --- the server ------------------------------------------------------------------------------------------------------

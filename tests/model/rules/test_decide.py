@@ -14,7 +14,9 @@ from fixer.machine.cards import Card
 from fixer.model.config import load_model, model_from_config
 from fixer.model.rules.case import Decision, Outcome
 from fixer.model.rules.decide import TRITON, decide
+from fixer.sglang.declared import NOTHING_DECLARED, Declared, declared_of
 from fixer.sglang.flags import parse_flags
+from fixer.sglang.tree import Tree
 from fixer.workload import NumberFormat, Workload
 
 CASES = json.loads((Path(__file__).resolve().parents[2] / "data" / "lookup-cases.json").read_text())
@@ -35,9 +37,15 @@ def card(arch: int = 89, driver: str = "") -> Card:
     return Card(f"NVIDIA sm_{arch}", divmod(arch, 10), 101376, 24564, driver=driver)
 
 
-def ask(config: dict[str, Any], flags: str = "", arch: int = 89, release: str = "0.5.17") -> Decision:
-    parsed = parse_flags(flags.split())
-    return decide(model_from_config("m", config, parsed), parsed, card(arch), release)
+def ask(
+    config: dict[str, Any],
+    flags: str = "",
+    arch: int = 89,
+    release: str = "0.5.17",
+    declared: Declared = NOTHING_DECLARED,
+) -> Decision:
+    parsed = parse_flags(flags.split(), declared)
+    return decide(model_from_config("m", config, parsed), parsed, card(arch), release, declared)
 
 
 def shape(decision: Decision) -> tuple[int, int, int]:
@@ -47,9 +55,9 @@ def shape(decision: Decision) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize("case", CASES, ids=[case["id"] for case in CASES])
 @pytest.mark.parametrize("release", ["0.5.17", "0.5.23"])
-def test_cases(case: dict[str, Any], release: str) -> None:
-    expected = case["expect"]
-    decision = ask(case["config"], " ".join(case["flags"]), int(case["gpu"]["arch"].removeprefix("sm_")), release)
+def test_cases(case: dict[str, Any], release: str, trees: dict[str, Tree]) -> None:
+    expected, arch = case["expect"], int(case["gpu"]["arch"].removeprefix("sm_"))
+    decision = ask(case["config"], " ".join(case["flags"]), arch, release, declared_of(trees[release]))
     assert decision.outcome.value == expected["outcome"], decision.reason
     assert (decision.kernel == TRITON) == expected["uses_fused_moe_triton"]
     workload = decision.workload
@@ -252,15 +260,22 @@ def test_a_runner_for_a_method_that_names_its_own() -> None:
     assert ask(QWEN, "--quantization w8a8_int8 --moe-runner-backend marlin").outcome is Outcome.UNCERTAIN
 
 
-def test_a_family_of_the_tuner_only_is_uncertain() -> None:
-    assert ask({**MIXTRAL, "architectures": ["JambaForCausalLM"], "num_experts": 16}).outcome is Outcome.UNCERTAIN
+def test_an_architecture_that_the_tree_lacks(trees: dict[str, Tree]) -> None:
+    jamba = {**MIXTRAL, "architectures": ["JambaForCausalLM"], "num_experts": 16}
+    newer, older = (declared_of(trees[release]) for release in ("0.5.17", "0.4.9"))
+    fallback = ask(jamba, declared=newer)
+    assert (fallback.outcome, "Transformers' own model" in fallback.reason) == (Outcome.UNCERTAIN, True)
+    stopped = ask(GLM, release="0.4.9", declared=older)
+    assert (stopped.outcome, "has no Glm4MoeForCausalLM" in stopped.reason) == (Outcome.LOAD_ERROR, True)
 
 
-def test_an_old_release_does_not_know_new_families() -> None:
-    assert ask(GLM, release="0.4.9").outcome is Outcome.LOAD_ERROR
-    between = ask(GLM, release="0.5.9")
-    assert between.outcome is Outcome.UNCERTAIN
-    assert any("rules of SGLang 0.4.9" in note for note in between.notes)
+@pytest.mark.parametrize("release", ["0.4.9.post6", "0.5.9", "0.0.0.dev11416+g92e8bb79e"])
+def test_no_release_is_too_old_by_its_number(release: str, trees: dict[str, Tree]) -> None:
+    newest = declared_of(trees["0.5.23"])
+    for config in (GLM, GPT_OSS, QWEN_BLOCK):
+        assert ask(config, release=release, declared=newest).outcome is not Outcome.LOAD_ERROR
+        assert ask(config, release=release).outcome is not Outcome.LOAD_ERROR
+    assert any("rules of SGLang 0.4.9" in note for note in ask(GLM, release="0.5.9").notes)
 
 
 @pytest.mark.parametrize(
@@ -373,10 +388,10 @@ def test_whatever_the_config_holds(data: st.DataObject, tmp_path_factory: pytest
 
 @pytest.mark.parametrize("flags", ["--quantization junk", "--moe-runner-backend junk"])
 @pytest.mark.parametrize("release", ["0.5.17", "0.5.23"])
-def test_a_choice_that_sglang_does_not_have(flags: str, release: str) -> None:
-    decision = ask(QWEN, flags, release=release)
-    assert (decision.outcome, decision.kernel) == (Outcome.LOAD_ERROR, "none")
-    assert f"{flags}; leave it out" in decision.reason
+def test_a_choice_that_sglang_does_not_have(flags: str, release: str, trees: dict[str, Tree]) -> None:
+    with pytest.raises(UsageError, match="'junk', which this SGLang does not take") as caught:
+        ask(QWEN, flags, release=release, declared=declared_of(trees[release]))
+    assert "triton" in caught.value.hint or "fp8" in caught.value.hint
 
 
 def test_a_quantization_of_a_later_release_is_uncertain() -> None:

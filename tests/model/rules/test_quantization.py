@@ -52,10 +52,10 @@ def ask(
     width: int = 768,
     tp: int = 1,
     hidden: int = 2048,
+    methods: frozenset[str] = frozenset(),
 ) -> Scheme:
-    return resolve(
-        Question(config, flag, runner, arch, release, hidden, width, tp, ((LAYER,),), lambda edge: f"cure {edge}")
-    )
+    rescue = "cure {}".format
+    return resolve(Question(config, flag, runner, arch, release, hidden, width, tp, ((LAYER,),), rescue, methods))
 
 
 @pytest.mark.parametrize(
@@ -179,9 +179,17 @@ def test_fp8_is_asked_for_and_fails_below_8_9(arch: int, config: Any) -> None:
 
 
 def test_old_release() -> None:
-    assert ask({"quant_method": "mxfp4"}, release="0.4.9").fate is Fate.LOAD_ERROR
+    refused = ask({"quant_method": "mxfp4"}, release="0.4.9", methods=frozenset({"fp8", "awq"}))
+    assert (refused.fate, "0.4.9 has no quantisation mxfp4" in refused.reason) == (Fate.LOAD_ERROR, True)
     assert ask(compressed(8, "float", "block", 8), release="0.4.9").fate is Fate.LOAD_ERROR
     assert ask(CT_CHANNEL, release="0.4.9").fate is Fate.TRITON
+
+
+@pytest.mark.parametrize("release", ["0.4.10", "0.5.9", "0.5.22"])
+def test_a_release_between_does_not_stop_by_its_number(release: str) -> None:
+    assert ask({"quant_method": "mxfp4"}, release=release).fate is not Fate.LOAD_ERROR
+    assert ask(compressed(8, "float", "block", 8), release=release).fate is Fate.TRITON
+    assert [ask(CT_NVFP4, arch, release=release).kernel for arch in (89, 120)] == ["marlin", "flashinfer_cutlass"]
 
 
 def test_compressed_tensors_in_the_newest_release() -> None:
