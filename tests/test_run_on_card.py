@@ -8,8 +8,8 @@ import sys
 import tarfile
 from pathlib import Path
 
+from tests.support.serve_machine import ServeMachine
 from tests.support.serving import ROOT
-from tests.test_bench_serve import ServeMachine
 
 SCRIPT = ROOT / "benchmarks" / "run_on_card"
 FLAGS = (
@@ -20,7 +20,7 @@ FLAGS = (
 )
 
 
-def test_both_limits_and_once_more(tmp_path, trees, driver, models, compiled):
+def test_both_limits_and_a_models_folder(tmp_path, trees, driver, models, compiled):
     machine = ServeMachine(tmp_path, trees["0.5.17"].package, driver, models, compiled)
     model = tmp_path / "base" / "models" / "small"
     shutil.copytree(machine.model, model)
@@ -41,7 +41,7 @@ def test_both_limits_and_once_more(tmp_path, trees, driver, models, compiled):
         command = ["bash", str(SCRIPT), *words]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
-    done = run("-L", "1:8:4:3", "small")
+    done = run("-L", "1:8:4:3", "-r", "1", "small")
     assert done.returncode == 0, done.stdout + done.stderr
     assert [record["key"] for record in machine.records] == ["none", "16", "16", "16"]
     assert machine.records[0]["argv"][: len(FLAGS)] == [*FLAGS]
@@ -53,8 +53,10 @@ def test_both_limits_and_once_more(tmp_path, trees, driver, models, compiled):
     with tarfile.open(out / "logs.tar.gz") as logs:
         assert len([name for name in logs.getnames() if name.endswith(".log")]) == 4
     machine.record.unlink()
-    assert run("-L", "1:8:4:3", "-r", "2", "-l", "own", "small").returncode == 0
-    assert [record["key"] for record in machine.records] == ["16", "none"]
-    assert len(json.loads((out / "serve.json").read_text())["serve"][0]["arms"]["tuned"]["starts"]) == 6
+    limits = ("-L", "1:8:4:3", "-r", "1", "-p", "1", "-l", "own")
+    assert run(*limits, str(model), "--chunked-prefill-size", "4096").returncode == 0
+    assert [record["key"] for record in machine.records] == ["none", "16"]
+    assert machine.records[0]["argv"][: len(FLAGS) + 2] == [*FLAGS, "--chunked-prefill-size", "4096"]
+    assert json.loads((out / "serve.json").read_text())["serve"][0]["tuned"]["starts"] == [1]
     assert run("none").returncode == 2
     assert "run_on_card [-l" in run("-h").stdout

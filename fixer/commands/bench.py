@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -13,14 +14,11 @@ from fixer.machine.signals import interruptible
 @click.command("bench", short_help=COMMANDS["bench"], context_settings=PASS_THROUGH)
 @click.option("--model", "--model-path", "model", metavar="NAME", help="A folder, or OWNER/NAME on the hub.")
 @click.option("--serve", is_flag=True, help="Compare whole servers under load, not the kernels alone.")
-@click.option("--rounds", metavar="N", type=click.IntRange(1, 50), help="Starts of each server (2), or of timing (3).")
-@click.option("--passes", metavar="N", type=click.IntRange(2, 100), help="Passes of each load on each start (3).")
+@click.option("--rounds", metavar="N", type=click.IntRange(1, 50), help="Starts of each server (4), or of timing (3).")
+@click.option("--passes", metavar="N", type=click.IntRange(1, 100), help="Passes of each load on each start (2).")
 @click.option("--loads", metavar="LIST", help='"1,16,prefill", or STREAMS:INPUT:OUTPUT:REQUESTS, with commas between.')
 @click.option("--quick", is_flag=True, help="Shorter loads, and a short warm pass.")
-@click.option("--client", type=click.Choice(["auto", "bench_serving", "token-ids"]), default="auto", show_default=True)
 @click.option("--wait", metavar="SECONDS", type=click.FloatRange(1, 86400), default=600, help="For a server (600).")
-@click.option("--budget", metavar="SECONDS", type=click.FloatRange(1), help="Begin nothing that would end later.")
-@click.option("--resume", is_flag=True, help="Go on with the newest comparison of the same things.")
 @click.option(
     "--smem-limit",
     "limits",
@@ -43,10 +41,7 @@ def command(
     passes: int | None,
     loads: str | None,
     quick: bool,
-    client: str,
     wait: float,
-    budget: float | None,
-    resume: bool,
     limits: tuple[str, ...],
     sglang_root: Path | None,
     skip_tune: bool,
@@ -59,30 +54,23 @@ def command(
     """Time SGLang's own configuration against the tuned one, and say which is faster, or that neither is.
 
     Without --serve: SGLang's MoE layer, row by row. With it: the server is started with either configuration in turn
-    and put under load. All other options are SGLang's own: give those that the server gets.
+    and put under load; fewer than four starts of each decide nothing. All other options are SGLang's own: give those
+    that the server gets.
     """
     from fixer.base.errors import UsageError
-    from fixer.bench_command import Output, Request, run_kernel, run_serve
-    from fixer.bench_serve import FULL_LOADS, QUICK_LOADS, Client, ServePlan, parse_loads
+    from fixer.bench.run import Output, Request, run_kernel, run_serve
+    from fixer.bench.schedule import FULL_LOADS, QUICK_LOADS, ServePlan, parse_loads
 
-    if not serve and (passes or loads or quick or budget or resume or client != "auto"):
-        raise UsageError("--passes, --loads, --quick, --client, --budget and --resume go with --serve")
+    if not serve and (passes or loads or quick):
+        raise UsageError("--passes, --loads and --quick go with --serve")
     preset = QUICK_LOADS if quick else FULL_LOADS
-    clients = {"auto": Client.AUTO, "bench_serving": Client.BENCH_SERVING, "token-ids": Client.TOKEN_IDS}
-    plan = ServePlan(
-        loads=parse_loads(loads, preset) if loads is not None else preset,
-        rounds=rounds or 2,
-        passes=passes or 3,
-        full_warm=not quick,
-        wait_seconds=wait,
-        budget_seconds=budget,
-        client=clients[client],
-    )
+    plan = ServePlan(loads=parse_loads(loads, preset) if loads is not None else preset, wait_seconds=wait)
+    plan = replace(plan, rounds=rounds or plan.rounds, passes=passes or plan.passes, full_warm=not quick)
     named = () if model is None else (f"--model-path={model}",)
     request = Request((*sglang_flags, *named), limits, sglang_root, home, skip_tune, quiet)
     output = Output(out, as_json)
     with interruptible(at_most=None):
         if serve:
-            run_serve(request, plan, output, resume=resume)
+            run_serve(request, plan, output)
         else:
             run_kernel(request, rounds, output)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from fixer.artefacts.artefact import Artefact
 from fixer.base.errors import MoefixError
-from fixer.bench_results import BenchResult, Kind, results_for
+from fixer.bench.results import BenchResult, Kind
+from fixer.bench.shelf import results_for
 from fixer.kernel.cache import CompileCache, compile_with_cache, triton_version
 from fixer.kernel.compile import Candidate, Compiled, CompileOutcome, Target
 from fixer.kernel.source import read_kernel_source

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fixer.bench_results import BenchResult, ServeLoad
+from fixer.bench.results import BenchResult, ServeLoad
+from fixer.bench.words import change, span
 from fixer.report.drawing import (
     GRID,
     INK,
@@ -45,7 +46,7 @@ def gains(summary: Summary) -> Figure | None:
     best = summary.best
     frame = Frame(
         "plot-gains",
-        "Time saved at each batch size",
+        "Time saved in the MoE layer at each batch size",
         f"Bars for {summary.count(Fate.FASTER)} of {len(rows)} batch sizes that take less time than with SGLang's own "
         f"configuration{f', at most {percent(best.less or 0)} at M = {best.batch}' if best else ''}. Circles at zero "
         "are rows that keep SGLang's own. The whiskers are three standard errors.",
@@ -271,15 +272,15 @@ def search(course: Course) -> Figure:
 
 
 def server(result: BenchResult) -> Figure | None:
-    """Output tokens a second, tuned against SGLang's own, by load; None where no load has both sides yet."""
-    loads: list[ServeLoad] = [load for load in result.serve if load.ratio is not None]
+    """Tokens a second, tuned against SGLang's own, by load under which they differ; None without any."""
+    loads: list[ServeLoad] = [load for load in result.serve if load.ratio is not None and not load.same]
     if not loads:
         return None
     frame = Frame(
         "plot-server",
-        "In the server: output tokens a second, tuned against SGLang's own",
-        "; ".join(f"{load.load.name}: {100 * ((load.ratio or 1) - 1):+.1f} percent" for load in loads)
-        + ". The whiskers are what a difference has to clear.",
+        "In the server: tokens a second, tuned against SGLang's own",
+        "; ".join(f"{load.load.name}: {change(load.ratio)}, {span(load.interval)}" for load in loads)
+        + ". The whiskers are the interval that holds 95 times in 100.",
         height=0.9 + 0.36 * len(loads),
     )
 
@@ -287,12 +288,17 @@ def server(result: BenchResult) -> Figure | None:
         axes = canvas.subplots()
         heights = list(range(len(loads)))
         values = [100 * ((load.ratio or 1) - 1) for load in loads]
-        margins = [100 * (load.margin or 0) for load in loads]
-        axes.errorbar(values, heights, xerr=margins, fmt="s", color=TUNED, ecolor=MUTED, capsize=3, markersize=6)
+        bounds = [load.interval or (load.ratio or 1, load.ratio or 1) for load in loads]
+        lows, highs = ([100 * (bound[end] - 1) for bound in bounds] for end in (0, 1))
+        reaches = [
+            [max(0.0, value - low) for value, low in zip(values, lows, strict=True)],
+            [max(0.0, high - value) for value, high in zip(values, highs, strict=True)],
+        ]
+        axes.errorbar(values, heights, xerr=reaches, fmt="s", color=TUNED, ecolor=MUTED, capsize=3, markersize=6)
         axes.axvline(0, color=OWN, linestyle=(0, (4, 2)), linewidth=1.4)
         axes.set_yticks(heights, [load.load.name for load in loads])
         axes.set_ylim(len(loads) - 0.4, -0.6)
-        reach = max([1.0, *(abs(value) + margin for value, margin in zip(values, margins, strict=True))])
+        reach = max([1.0, *map(abs, (*values, *lows, *highs))])
         axes.set_xlim(-1.1 * reach, 1.1 * reach)
         axes.grid(visible=True, axis="x")
         axes.grid(visible=False, axis="y")

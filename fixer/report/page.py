@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import fixer
-from fixer.bench_results import BenchResult, Kind, Latency, headline
+from fixer.bench.passes import Latency
+from fixer.bench.results import BenchResult, Kind, Side
+from fixer.bench.words import cautions, change, headline, rate, span, verdict_words
 from fixer.report import figures
 from fixer.report.drawing import drawing
 from fixer.report.evidence import Part
@@ -66,6 +68,8 @@ def render(summary: Summary, font_cache: Path) -> str:
             sections=_sections(benches),
             peak_compute=summary.peak.compute(artefact.workload.number_format) if summary.peak else None,
             headline=headline,
+            cautions=cautions,
+            side=Side,
             moefix=fixer.__version__,
             style=_text("report.css"),
             script=_text("report.js"),
@@ -86,7 +90,10 @@ def _environment() -> Environment:
         "us": lambda value: _NOTHING if value is None else microseconds(value),
         "whole": lambda value: _NOTHING if value is None else str(value),
         "middle": _middle,
-        "change": lambda ratio: _NOTHING if ratio is None else f"{100 * (ratio - 1):+.1f} %",
+        "change": change,
+        "span": span,
+        "rate": rate,
+        "verdict": verdict_words,
         "latency": _latency,
         "when": when,
         "whole_percents": lambda text: text.replace(" %", "\N{NO-BREAK SPACE}%"),
@@ -115,18 +122,20 @@ def when(created: str) -> str:
     return f"{time.day} {time:%B %Y, %H:%M} UTC"
 
 
-def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
+def _tiles(summary: Summary) -> list[tuple[str, str, tuple[str, ...]]]:
     """The numbers beside the headline: name, value, what follows in small."""
     total = len(summary.rows)
-    tiles = [("Rows faster", str(summary.count(Fate.FASTER)), f"of {total}")]
+    tiles: list[tuple[str, str, tuple[str, ...]]] = [("Rows faster", str(summary.count(Fate.FASTER)), (f"of {total}",))]
     if summary.count(Fate.CURED):
-        tiles.append(("Rows that could not run", str(summary.count(Fate.CURED)), "run now"))
+        tiles.append(("Rows that could not run", str(summary.count(Fate.CURED)), ("run now",)))
     if summary.best is not None:
-        tiles.append(("Largest gain", percent(summary.best.less or 0.0), f"at M = {summary.best.batch}"))
+        tiles.append(
+            ("Largest gain", percent(summary.best.less or 0.0), (summary.best.bounds, f"at M = {summary.best.batch}"))
+        )
     if summary.artefact.measured:
         slower = sum(1 for row in summary.rows if row.less is not None and row.less < 0)
-        tiles.append(("Rows slower", str(slower), f"of {total}"))
-        tiles.append(("Tuning took", f"{summary.artefact.seconds:.0f} s", ""))
+        tiles.append(("Rows slower", str(slower), (f"of {total}",)))
+        tiles.append(("Tuning took", f"{summary.artefact.seconds:.0f} s", ()))
     return tiles
 
 
@@ -165,7 +174,7 @@ def _facts(summary: Summary) -> list[tuple[str, str, bool]]:
         ("Triton", environment.triton, True),
         ("Kernel source", environment.kernel_hash, True),
         ("moefix", environment.moefix, False),
-        ("Model", artefact.model, False),
+        ("Model", summary.model, False),
         ("Revision", artefact.revision or "\N{EN DASH}", False),
         ("Experts, E", str(workload.experts), True),
         ("Intermediate size, N", str(workload.intermediate), True),

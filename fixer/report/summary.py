@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import PurePosixPath
 
 from fixer.artefacts.artefact import Artefact, Decision, RowChoice
 from fixer.artefacts.gains import compared_times, geometric_gain
+from fixer.bench.results import Kind, short_name
+from fixer.bench.words import headline as bench_headline
+from fixer.machine.cards import known_cards
 from fixer.report.evidence import Evidence
 from fixer.report.roofline import Peak, Share, layer_work, peak_of, share_of
 from fixer.tuning.duel import CONFIDENCE, LEAST_GAIN
@@ -70,6 +72,14 @@ class Row:
     own_share: Share | None
 
     @property
+    def bounds(self) -> str:
+        """What `less` may be, three standard errors either way: "15.0 to 33.0 %"; "" where the noise is not known."""
+        if self.less is None or self.choice.noise is None:
+            return ""
+        reach = CONFIDENCE * self.choice.noise
+        return f"{100 * (self.less - reach):.1f} to {percent(self.less + reach)}"
+
+    @property
     def pair(self) -> TilePair:
         """The chosen tiles."""
         return TilePair(self.choice.gate_up, self.choice.down)
@@ -104,6 +114,25 @@ class Summary:
         """The tuning."""
         return self.evidence.artefact
 
+    @property
+    def limit(self) -> str:
+        """ "101376 of 232448 bytes of shared memory a block" where the tuning pretended a smaller card, else ""."""
+        environment = self.artefact.environment
+        own = next((card.shared_memory for card in known_cards() if card.name == environment.card), 0)
+        limited = environment.shared_memory < own
+        return f"{environment.shared_memory} of {own} bytes of shared memory a block" if limited else ""
+
+    @property
+    def place(self) -> str:
+        """What the tuning holds for: the card, and the limit if it was simulated."""
+        return self.artefact.environment.card + (f" with {self.limit}" if self.limit else "")
+
+    @property
+    def server(self) -> str:
+        """What the newest comparison of servers came to, in one line, "" without one."""
+        result = self.evidence.bench.get(Kind.SERVE)
+        return "" if result is None else bench_headline(result)
+
     def count(self, *fates: Fate) -> int:
         """How many rows had one of these fates."""
         return sum(row.fate in fates for row in self.rows)
@@ -137,7 +166,7 @@ def summarise(evidence: Evidence) -> Summary:
     less = None if gain is None else 1 - 1 / gain
     best = max((row for row in rows if row.less), key=lambda row: row.less or 0.0, default=None)
     worth, headline = _headline(artefact, rows, less)
-    return Summary(worth, headline, _changed(rows, best), _short(artefact.model), less, best, rows, peak, evidence)
+    return Summary(worth, headline, _changed(rows, best), short_name(artefact.model), less, best, rows, peak, evidence)
 
 
 def percent(fraction: float) -> str:
@@ -148,11 +177,6 @@ def percent(fraction: float) -> str:
 def microseconds(value: float) -> str:
     """A time in microseconds with four digits at most: "9.104", "25.41", "1052"."""
     return f"{value:.{3 if value < 10 else 2 if value < 100 else 1 if value < 1000 else 0}f}"
-
-
-def _short(model: str) -> str:
-    """A folder's own name; a hub's name as it is."""
-    return PurePosixPath(model).name if model.startswith(("/", "./", "../", "~")) else model
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -232,7 +256,8 @@ def _headline(artefact: Artefact, rows: tuple[Row, ...], less: float | None) -> 
     if not artefact.measured:
         return Worth.NOT_MEASURED, "Not measured: chosen because it fits this card"
     fates = {row.fate for row in rows}
-    saved = f"{percent(less or 0.0)} less time on average"
+    layer = all(None not in row.choice.layer_times for row in rows if row.less is not None)
+    saved = f"{percent(less or 0.0)} less time in {'the MoE layer' if layer else 'the MoE kernels'} on average"
     if Fate.FASTER in fates and less is not None and less >= LEAST_GAIN:
         if Fate.CURED in fates:
             return Worth.CURED, f"The crash is fixed, and the other rows take {saved}"
@@ -265,7 +290,10 @@ def _changed(rows: tuple[Row, ...], best: Row | None) -> str:
         parts.append(f"{len(of[Fate.UNMEASURED])} batch sizes got a configuration that fits, compiled and not measured")
     text = "; ".join(parts)
     text = text[:1].upper() + text[1:] + "."
-    return text + (f" The largest gain is {percent(best.less or 0.0)}, at M = {best.batch}." if best else "")
+    if best is None:
+        return text
+    bounds = f" ({best.bounds})" if best.bounds else ""
+    return f"{text} The largest gain is {percent(best.less or 0.0)}{bounds}, at M = {best.batch}."
 
 
 def _listed(batches: list[int], most: int = 6) -> str:

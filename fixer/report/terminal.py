@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fixer.base.console import plain_or_terminal
-from fixer.bench_results import Kind, headline
+from fixer.bench.results import Kind
+from fixer.bench.words import headline
 from fixer.report.page import when
 from fixer.report.summary import Fate, Summary, Worth, microseconds, percent
 
@@ -26,6 +27,8 @@ def print_report(summary: Summary, console: Console | None = None) -> None:
     """
     console = console or plain_or_terminal()
     console.print(Text(summary.headline, style=_STYLES[summary.worth]))
+    if summary.limit:
+        console.print(Text(f"with {summary.limit}, as a smaller card has"))
     console.print(Text(summary.changed))
     console.print()
     for name, value in _heading(summary):
@@ -41,7 +44,7 @@ def _heading(summary: Summary) -> list[tuple[str, str]]:
     capability = "{}.{}".format(*environment.capability)
     benches = [summary.evidence.bench[kind] for kind in Kind if kind in summary.evidence.bench]
     return [
-        ("model", artefact.model),
+        ("model", summary.model),
         ("card", f"{environment.card}, compute capability {capability}, driver {environment.driver}"),
         ("SGLang", f"{environment.sglang} with Triton {environment.triton}"),
         *((("reached", summary.reached),) if summary.reached else ()),

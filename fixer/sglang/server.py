@@ -1,4 +1,7 @@
-"""How SGLang's server is started and what it answers."""
+"""What moefix knows of SGLang's server as its user: flags, addresses, and the log's lines about tuning files.
+
+Read off 0.5.17 (`srt/entrypoints/http_server.py`, `fused_moe_triton_config.py`) and 0.5.23.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,21 @@ from pathlib import Path
 from fixer.base.errors import SGLangError
 from fixer.sglang.log_lines import read_line
 from fixer.sglang.secrets import plain_flags
+
+HEALTH, FLUSH_CACHE = "/health", "/flush_cache"
+
+OUT_OF_SHARED_MEMORY = re.compile(r"OutOfResources|out of resources?: shared memory")
+
+
+def local_flags(flags: Sequence[str], port: int) -> list[str]:
+    """The user's flags for a server on 127.0.0.1 that only this process asks. The last of a repeated flag counts."""
+    return [*plain_flags(flags), "--host", "127.0.0.1", "--port", str(port)]
+
+
+def files_used(log: str) -> tuple[Path, ...]:
+    """The MoE tuning files that the server's log says it read, each once, in order; none for its built-in defaults."""
+    lines = (read_line(line) for line in log.splitlines())
+    return tuple(dict.fromkeys(Path(line.used) for line in lines if line is not None and line.used))
 
 
 def server_command(argv: Sequence[str]) -> list[str]:
@@ -42,20 +60,3 @@ def require_sglang(environment: Mapping[str, str]) -> None:
             f"there is no sglang.launch_server in {folders[0]}",
             "Install SGLang anew; a folder called sglang without the package in it may be in the way.",
         )
-
-
-HEALTH, FLUSH_CACHE, SERVER_INFO = "/health", "/flush_cache", "/server_info"
-
-
-OUT_OF_SHARED_MEMORY = re.compile(r"OutOfResources|out of resources?: shared memory")
-
-
-def local_flags(flags: Sequence[str], port: int) -> list[str]:
-    """The user's flags for a server on 127.0.0.1 that only this process asks. The last of a repeated flag counts."""
-    return [*plain_flags(flags), "--host", "127.0.0.1", "--port", str(port)]
-
-
-def files_used(log: str) -> tuple[Path, ...]:
-    """The MoE tuning files that the server's log says it read, each once, in order; none for its built-in defaults."""
-    lines = (read_line(line) for line in log.splitlines())
-    return tuple(dict.fromkeys(Path(line.used) for line in lines if line is not None and line.used))

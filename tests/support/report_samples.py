@@ -7,19 +7,9 @@ from pathlib import Path
 
 from fixer.artefacts.artefact import Artefact, Decision, RowChoice
 from fixer.artefacts.shelf import save_artefact
-from fixer.bench_results import (
-    Arm,
-    Arms,
-    BenchEnvironment,
-    BenchResult,
-    Kind,
-    Latency,
-    Load,
-    ServeLoad,
-    Verdict,
-    result_path,
-    save_result,
-)
+from fixer.bench.passes import Latency, Load, Passes
+from fixer.bench.results import BenchEnvironment, BenchResult, Kind, ServeLoad, Verdict
+from fixer.bench.shelf import result_path, save_result
 from fixer.tuning.journal import Journal, RunKey
 from fixer.tuning.search.runner import Look
 from fixer.tuning.search.trials import Build, Outcome, Timing
@@ -98,7 +88,7 @@ def keep_looks(home: Path, artefact: Artefact, found: list[Look]) -> None:
 
 
 def served(artefact: Artefact, name: str, created: str = "2026-11-24T01:00:00Z") -> BenchResult:
-    """A made-up comparison of servers: one load faster, one neutral, one without a pass yet."""
+    """A made-up comparison of servers: faster by more than the layer can give, neutral, the same rows, no pass yet."""
     environment = artefact.environment
     where = BenchEnvironment(
         environment.card,
@@ -115,28 +105,29 @@ def served(artefact: Artefact, name: str, created: str = "2026-11-24T01:00:00Z")
     )
     latency = Latency(41.5, 77.25, (41.5, 41.5), (77.25, 77.25))
 
-    def arms(own: float, tuned: float) -> Arms:
-        return Arms(
-            Arm((own, own), (0, 2), latency, latency, (), 0), Arm((tuned, tuned), (1, 3), latency, latency, (), 0)
+    def sides(own: float, tuned: float) -> tuple[Passes, Passes]:
+        return (
+            Passes((own,) * 4, (0, 3, 4, 7), latency, latency, (), 0),
+            Passes((tuned,) * 4, (1, 2, 5, 6), latency, latency, (), 0),
         )
 
     loads = (
-        ServeLoad(Load(16, 512, 128, 64), arms(1330.0, 1398.0), 1.0511, 0.01, 0.012, Verdict.FASTER),
-        ServeLoad(Load(1, 512, 128, 4), arms(230.3, 230.9), 1.0026, 0.01, 0.012, Verdict.NEUTRAL),
-        ServeLoad(Load(1, 4000, 1, 4), Arms()),
+        ServeLoad(Load(16, 512, 128, 64), *sides(1330.0, 1398.0), False, 1.04, 1.05113, (1.039, 1.063), Verdict.FASTER),
+        ServeLoad(Load(1, 512, 128, 4), *sides(230.3, 230.9), False, 1.08, 1.00261, (0.991, 1.014), Verdict.NEUTRAL),
+        ServeLoad(Load(1, 4000, 1, 4), *sides(9.0, 9.9), True, 1.0, 1.1, (1.09, 1.11), Verdict.SAME),
+        ServeLoad(Load(1, 8000, 1, 4)),
     )
     return BenchResult(
-        Kind.SERVE,
-        created,
-        where,
-        artefact.model,
-        "",
-        name,
-        None,
-        "sglang.bench_serving",
-        loads,
+        kind=Kind.SERVE,
+        created=created,
+        environment=where,
+        model=artefact.model,
+        revision="",
+        artefact=name,
+        smem_limit=None,
+        serve=loads,
         ratio=1.0266,
-        margin=0.01,
+        interval=(1.017, 1.036),
         verdict=Verdict.FASTER,
         complete=True,
         notes=("the tokenizer is <b>there</b>",),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from enum import Enum
 from pathlib import Path
 
 from fixer.artefacts.install import Pair
@@ -19,20 +18,13 @@ from fixer.sglang.tree import Tree
 from fixer.sglang.tuning_files import render_table
 
 
-class Side(Enum):
-    """One side of the comparison."""
-
-    SGLANG = "sglang"
-    TUNED = "tuned"
-
-
-def make_arm(root: Path, tree: Tree, pair: Pair | None) -> Path:
+def make_config_dir(root: Path, tree: Tree, files: Pair | None) -> Path:
     """A folder for SGLANG_MOE_CONFIG_DIR, made anew.
 
     Args:
         root: the folder.
         tree: SGLang's.
-        pair: put into the running Triton's folder, in place of what the tree has under these names; None: nothing.
+        files: put into the running Triton's folder, in place of what the tree has under these names; None: nothing.
 
     Returns:
         The running Triton's folder in it, which holds the pair.
@@ -53,9 +45,9 @@ def make_arm(root: Path, tree: Tree, pair: Pair | None) -> Path:
         raise StoreError(
             f"the folder {root} cannot be made: {fault.strerror or fault}", "Free some space in the data folder."
         ) from fault
-    if pair is not None:
-        files = ((pair.gate_up_name, pair.gate_up), (pair.down_name, pair.down))
-        write_together([(own / name, render_table(table)) for name, table in files])
+    if files is not None:
+        tables = ((files.gate_up_name, files.gate_up), (files.down_name, files.down))
+        write_together([(own / name, render_table(table)) for name, table in tables])
     return own
 
 

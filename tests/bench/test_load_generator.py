@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from fixer.base.errors import SGLangError
-from fixer.bench_results import Load
-from fixer.load import FIRST_ID, percentile, prompts, run_pass, summary, timed
+from fixer.bench.load_generator import FIRST_ID, percentile, prompts, run_pass, summary, timed
+from fixer.bench.passes import Load
 from fixer.machine.processes import free_port
 
 
@@ -25,7 +25,7 @@ def start(tmp_path_factory):
         folder, port = tmp_path_factory.mktemp("server"), free_port()
         (folder / "srt/layers/moe/moe_runner/triton_utils/configs").mkdir(parents=True)
         program = folder / "launch_server.py"
-        program.write_bytes((Path(__file__).with_name("support") / "fake_server.py").read_bytes())
+        program.write_bytes((Path(__file__).resolve().parents[1] / "support" / "fake_server.py").read_bytes())
         settings = {"FAKE_FILES": "a.json|a_down.json", "FAKE_STEPS": json.dumps({"none": step})}
         settings |= {"FAKE_FAULT": json.dumps({"none": fault}), "RECORD": str(folder / "record")}
         command = [sys.executable, str(program), "--port", str(port)]

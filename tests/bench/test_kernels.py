@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-import fixer.bench
+import fixer.bench.kernels
+import fixer.bench.subject
 import fixer.serve.situation
 from fixer.base.status_reading import states
-from fixer.bench_results import BenchResult, Kind, Verdict
+from fixer.bench.results import Kind, Verdict
+from fixer.bench.shelf import read_result
 from fixer.cli import main
 from tests.support import fake_layer, fakes
 from tests.support.serving import H100, LARGE, SMALL, Machine
@@ -25,8 +27,8 @@ def machine(tmp_path, trees, driver, models, compiled, monkeypatch):
     monkeypatch.setenv("MOEFIX_HOME", str(made.home))
     monkeypatch.delenv("SGLANG_MOE_CONFIG_DIR", raising=False)
     monkeypatch.setattr(fixer.serve.situation, "visible_cards", lambda: (H100,))
-    monkeypatch.setattr(fixer.bench, "visible_cards", lambda: (H100,))
-    monkeypatch.setattr(fixer.bench, "_layer", lambda subject: partial(fake_layer.layer, LARGE.block_m))
+    monkeypatch.setattr(fixer.bench.subject, "visible_cards", lambda: (H100,))
+    monkeypatch.setattr(fixer.bench.kernels, "_layer", lambda subject: partial(fake_layer.layer, LARGE.block_m))
     return made
 
 
@@ -41,7 +43,7 @@ def test_rows_against_sglangs_own(machine, capsys, tmp_path):
     artefact = machine.artefact()
     code, out, err = bench(machine, capsys, "--json", "--out", str(tmp_path / "kernel.json"))
     assert code == 0, err
-    result = BenchResult.from_json(out)
+    result = read_result(out)
     assert result.kind is Kind.KERNEL
     assert result.complete
     assert [row.batch for row in result.rows] == [row.batch for row in artefact.rows]
@@ -65,12 +67,12 @@ def test_rows_against_sglangs_own(machine, capsys, tmp_path):
 
 def test_a_faster_side_and_the_table(machine, capsys, monkeypatch):
     machine.artefact()
-    monkeypatch.setattr(fixer.bench, "_layer", lambda subject: partial(slower_own, 0.9))
+    monkeypatch.setattr(fixer.bench.kernels, "_layer", lambda subject: partial(slower_own, 0.9))
     code, out, _ = bench(machine, capsys, "--rounds", "2")
     assert code == 0
     assert "faster with the tuned configuration (+11." in out
     assert out.count(" faster") >= 10
-    monkeypatch.setattr(fixer.bench, "_layer", lambda subject: partial(slower_own, 1.1))
+    monkeypatch.setattr(fixer.bench.kernels, "_layer", lambda subject: partial(slower_own, 1.1))
     assert "slower with the tuned configuration (-9." in bench(machine, capsys, "--rounds", "2")[1]
 
 
@@ -97,7 +99,7 @@ def test_where_sglangs_own_does_not_run(machine, capsys, monkeypatch):
     monkeypatch.setenv(fake_layer.FAULTS, json.dumps({"1": "own", "64": "own"}))
     code, out, err = bench(machine, capsys, "--json")
     assert code == 0, err
-    rows = {row.batch: row for row in BenchResult.from_json(out).rows}
+    rows = {row.batch: row for row in read_result(out).rows}
     assert {batch for batch, row in rows.items() if row.verdict is Verdict.CURED} == {1, 64}
     assert rows[1].sglang_us == ()
     assert len(rows[1].tuned_us) == 27
@@ -139,7 +141,7 @@ def test_no_artefact_says_what_to_do(machine, capsys):
         (("--smem-limit", "999999999"), 2),
         (("--rounds", "0"), 2),
         (("--serve", "--loads", "7"), 2),
-        (("--serve", "--passes", "1"), 2),
+        (("--serve", "--passes", "0"), 2),
         (("--moefix-nonsense",), 2),
     ],
 )
@@ -161,7 +163,7 @@ def test_a_tree_that_is_only_read_has_no_layer(tmp_path, trees, driver, models, 
     machine = Machine(tmp_path, trees["0.5.17"].package, driver, models, compiled)
     monkeypatch.setenv("MOEFIX_HOME", str(machine.home))
     monkeypatch.setattr(fixer.serve.situation, "visible_cards", lambda: (H100,))
-    monkeypatch.setattr(fixer.bench, "visible_cards", lambda: (H100,))
+    monkeypatch.setattr(fixer.bench.subject, "visible_cards", lambda: (H100,))
     machine.artefact()
     Path(machine.package, "launch_server.py").unlink()
     code, _, err = bench(machine, capsys)

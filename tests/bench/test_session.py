@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -13,90 +12,22 @@ from pathlib import Path
 
 import pytest
 
-from fixer.arms import Side, before_moefix
 from fixer.base.errors import SGLangError, UsageError
-from fixer.bench_results import BenchResult, Kind, Load, Verdict
-from fixer.bench_serve import (
-    FULL_LOADS,
-    QUICK_LOADS,
-    Server,
-    Start,
-    bench_serving_pass,
-    last_lines,
-    local_environment,
-    parse_loads,
-    schedule,
-)
+from fixer.bench.config_dirs import before_moefix
+from fixer.bench.passes import Load
+from fixer.bench.results import Kind, Side, Verdict
+from fixer.bench.schedule import FULL_LOADS, QUICK_LOADS, Start, parse_loads, schedule
+from fixer.bench.server import Server, last_lines, local_environment
+from fixer.bench.shelf import read_result
 from fixer.machine.processes import end_group, start_child
 from fixer.sglang.server import files_used, local_flags
 from fixer.sglang.tuning_files import render_table
-from fixer.sglang_server import client_command, client_module, is_plain_model, read_client_output
 from fixer.workload import Tile
 from tests.support import fakes
-from tests.support.serving import FOLDER, LARGE, SMALL, Machine, Result
+from tests.support.serve_machine import ServeMachine
+from tests.support.serving import FOLDER, LARGE, SMALL
 
-LOADS = "1:8:4:3,4:8:6:8,1:32:1:6"
 MIDDLE = Tile(32, 64, 128, 1, 4, 4)
-CLIENT = """
-import json, sys, time, urllib.request
-options = dict(zip(sys.argv[1:], sys.argv[2:]))
-assert "--tokenize-prompt" in sys.argv and "--flush-cache" in sys.argv and options["--host"] == "127.0.0.1", sys.argv
-number, tokens = int(options["--num-prompts"]), int(options["--random-output-len"])
-began = time.time()
-for _ in range(number):
-    body = {"input_ids": [5] * int(options["--random-input-len"]), "sampling_params": {"max_new_tokens": tokens}}
-    url = f"http://127.0.0.1:{options['--port']}/generate"
-    urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), {"X": "Y"})).read()
-row = {"completed": number, "output_throughput": number * tokens / (time.time() - began), "request_rate": float("inf")}
-row |= {"median_ttft_ms": 3.5, "p99_ttft_ms": 4.5, "median_itl_ms": 2.5, "p99_itl_ms": 3.0}
-open(options["--output-file"], "a").write(json.dumps(row) + "\\n")
-"""
-
-
-class ServeMachine(Machine):
-    """A machine whose SGLang is the stand-in server."""
-
-    def __init__(self, *arguments) -> None:
-        super().__init__(*arguments)
-        shutil.copy((Path(__file__).with_name("support") / "fake_server.py"), self.package / "launch_server.py")
-        (self.package / "__init__.py").write_text("")
-        self.flags = ("--model", str(self.model), "--load-format", "dummy", "--skip-tokenizer-init")
-
-    def tuned(self, **environment):
-        """A kept artefact, and the environment for the server that looks for its files."""
-        artefact = self.artefact(**environment)
-        self.env["FAKE_FILES"] = f"{artefact.gate_up_file}|{artefact.down_file}"
-        self.steps(none=0.01, **{str(SMALL.block_m): 0.01})
-        return artefact
-
-    def steps(self, **steps: float) -> None:
-        """Seconds a token, by what the server finds."""
-        self.env["FAKE_STEPS"] = json.dumps({key.removeprefix("m"): step for key, step in steps.items()})
-
-    def fault(self, **faults: str) -> None:
-        self.env["FAKE_FAULT"] = json.dumps({key.removeprefix("m"): fault for key, fault in faults.items()})
-
-    def bench(self, *arguments: str, **options):
-        """Run the command; the result is its JSON."""
-        words = ("bench", "--serve", "--json", "--loads", LOADS, "--passes", "2", *arguments, *self.flags)
-        result = self.run(*words, **options)
-        return result, json.loads(result.out) if result.out.startswith(("{", "[")) else None
-
-    @property
-    def records(self) -> list[dict]:
-        """What each start of the server wrote."""
-        return [json.loads(line) for line in self.record.read_text().splitlines()] if self.record.exists() else []
-
-    def run(self, *arguments: str, **options):
-        self.record.unlink(missing_ok=True)
-        began = time.time()
-        process = self.start(*arguments, **options)
-        out, err = process.communicate(timeout=120)
-        return Result(process.returncode, out, err, process.pid, time.time() - began, None)
-
-    @property
-    def processes(self) -> set[int]:
-        return fakes.processes_with("RECORD", str(self.record))
 
 
 def end(processes) -> None:
@@ -121,7 +52,7 @@ def test_equal_sides_are_neutral(machine):
     machine.tuned()
     machine.steps(none=0.02, m16=0.02)
     for _ in range(4):  # by design one equal comparison in twenty is taken for a difference
-        _, row = machine.bench("--rounds", "2", "--loads", "2:8:8:6")
+        _, row = machine.bench("--loads", "2:8:8:6")
         if row["verdict"] == "neutral":
             break
     assert row["verdict"] == "neutral"
@@ -144,21 +75,20 @@ def test_both_sides_in_turn(machine):
     assert tuned["tables"][0]["1"] == SMALL.to_json()
     assert tuned["argv"][:-4] == [*machine.flags[2:], f"--model-path={machine.model}"]
     assert tuned["argv"][-4:-1] == ["--host", "127.0.0.1", "--port"]
-    parsed = BenchResult.from_json(json.dumps(row))
+    parsed = read_result(json.dumps(row))
     assert parsed.complete
     assert parsed.kind is Kind.SERVE
-    assert parsed.client == "token ids"
     assert parsed.verdict in Verdict
     assert [load.load for load in parsed.serve] == [Load(1, 8, 4, 3), Load(4, 8, 6, 8), Load(1, 32, 1, 6)]
     for load in parsed.serve:
-        for arm, starts in ((load.arms.sglang, (0, 0, 3, 3)), (load.arms.tuned, (1, 1, 2, 2))):
+        for arm, starts in ((load.sglang, (0, 0, 3, 3)), (load.tuned, (1, 1, 2, 2))):
             assert arm.starts == starts
             assert arm.failed == 0
             assert arm.ttft_ms.median >= 3
             assert len(arm.ttft_ms.passes) == 4
             assert (arm.itl_ms is None) == load.load.is_prefill
-        assert load.arms.sglang.files == ()
-        assert load.arms.tuned.files == tuple(name.removeprefix("configs/") for name in pair)
+        assert load.sglang.files == ()
+        assert load.tuned.files == tuple(name.removeprefix("configs/") for name in pair)
     kept = list((machine.home / "bench").glob("*.json"))
     assert [json.loads(path.read_text()) for path in kept] == [row]
     assert kept[0].name.startswith(row["artefact"].removesuffix(".json") + "-serve-")
@@ -167,16 +97,31 @@ def test_both_sides_in_turn(machine):
 def test_a_slower_side_is_seen(machine, tmp_path):
     machine.tuned()
     machine.steps(none=0.03, m16=0.01)
-    result, row = machine.bench("--rounds", "1", "--passes", "3", "--out", str(tmp_path / "out.json"))
+    result, row = machine.bench("--passes", "1", "--out", str(tmp_path / "out.json"))
     assert result.code == 0, result.err
+    assert [record["key"] for record in machine.records] == ["none", "16", "16", "none"] * 2
     assert row["verdict"] == "faster"
     assert row["ratio"] > 1.3
+    assert 1.3 < row["interval"][0] < row["ratio"] < row["interval"][1]
     assert {load["verdict"] for load in row["serve"]} == {"faster"}
     assert json.loads((tmp_path / "out.json").read_text()) == row
     machine.steps(none=0.01, m16=0.03)
-    text = machine.run("bench", "--serve", "--loads", LOADS, "--passes", "3", "--rounds", "1", *machine.flags)
+    text = machine.run("bench", "--serve", "--loads", "4:8:6:8", "--passes", "1", *machine.flags)
     assert "slower with the tuned configuration" in text.out
-    assert "1 stream, 8 in, 4 out" in text.out
+    assert "4 streams, 8 in, 6 out" in text.out
+
+
+def test_one_start_of_each_side_decides_nothing(machine):
+    """However far apart they are: the first server of a cold machine was 10 % slower than the second."""
+    machine.tuned()
+    machine.steps(none=0.03, m16=0.01)
+    result, row = machine.bench("--rounds", "1", "--loads", "4:8:6:8")
+    assert result.code == 0, result.err
+    assert row["ratio"] > 1.3
+    assert row["interval"] is None
+    assert row["verdict"] == row["serve"][0]["verdict"] == "not decided"
+    text = machine.run("bench", "--serve", "--loads", "4:8:6:8", "--rounds", "1", *machine.flags)
+    assert "verdict  the server: not decided (one start each)" in text.out
 
 
 def test_what_moefix_installed_is_not_sglangs_own(machine):
@@ -197,7 +142,7 @@ def test_what_moefix_installed_is_not_sglangs_own(machine):
     result, row = machine.bench("--rounds", "1", "--loads", "1:8:4:3")
     assert result.code == 0, result.err
     assert machine.records[0]["tables"] == [json.loads(old), None]
-    assert row["serve"][0]["arms"]["sglang"]["files"] == [f"triton_3_5_1/{artefact.gate_up_file}"]
+    assert row["serve"][0]["sglang"]["files"] == [f"triton_3_5_1/{artefact.gate_up_file}"]
 
 
 def test_a_pretended_limit_has_the_default_of_such_a_card(machine):
@@ -214,7 +159,7 @@ def test_a_pretended_limit_has_the_default_of_such_a_card(machine):
     limited = machine.records[3]
     tables = [{"8": Tile(16, 32, 64, 1).to_json(), "9": Tile(64, 64, 32, 8).to_json()}] * 2
     assert limited["tables"] == tables
-    assert rows[1]["serve"][0]["arms"]["sglang"]["files"][0] == f"triton_3_6_0/{free.gate_up_file}"
+    assert rows[1]["serve"][0]["sglang"]["files"][0] == f"triton_3_6_0/{free.gate_up_file}"
 
 
 def test_no_tuning_is_an_error_that_says_so(machine):
@@ -243,7 +188,7 @@ def test_a_server_that_dies_at_its_start(machine):
     # The side that ran before is kept.
     (kept,) = [json.loads(path.read_text()) for path in (machine.home / "bench").glob("*.json")]
     assert kept["complete"] is False
-    assert len(kept["serve"][0]["arms"]["sglang"]["output_tokens_per_s"]) == 2
+    assert len(kept["serve"][0]["sglang"]["output_tokens_per_s"]) == 2
 
 
 def test_what_tuning_cures(machine):
@@ -301,6 +246,23 @@ def test_sigterm_during_a_load_ends_all_of_it(machine, fault):
     assert fakes.eventually(lambda: not machine.processes, 2)
 
 
+def test_what_was_measured_is_there_while_it_grows(machine, tmp_path):
+    """A run that is ended from outside leaves what it has: nothing has to be asked for."""
+    machine.tuned()
+    out = tmp_path / "out.json"
+    process = machine.start("bench", "--serve", "--loads", "1:8:4:3", "--out", str(out), *machine.flags)
+    try:
+        assert fakes.eventually(lambda: out.exists() and "tuned" in out.read_text() and len(machine.records) > 2, 60)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=40)
+    finally:
+        process.kill()
+    left = read_result(out.read_bytes())
+    assert not left.complete
+    assert left.serve[0].sglang.starts[:2] == (0, 0)
+    assert left.serve[0].tuned.starts[:2] == (1, 1)
+
+
 def test_a_killed_bench_takes_its_server_along(machine):
     machine.tuned()
     process = machine.start("bench", "--serve", "--loads", "1:8:4000:2", *machine.flags)
@@ -312,127 +274,6 @@ def test_a_killed_bench_takes_its_server_along(machine):
     assert fakes.eventually(lambda: server not in machine.processes, 10)
     end(machine.processes)  # the stand-in's own child, which SGLang's would not leave
     assert fakes.eventually(lambda: not machine.processes, 5)
-
-
-def test_a_budget_cuts_short_and_resume_goes_on(machine):
-    machine.tuned()
-    result, row = machine.bench("--rounds", "2", "--budget", "4")
-    assert result.code == 0, result.err
-    # A start is taken to need more than that before one has been timed: nothing begins.
-    assert machine.records == []
-    assert row["complete"] is False
-    assert row["verdict"] is None
-    result, row = machine.bench("--rounds", "1", "--resume")
-    assert row["complete"] is True
-    created = row["created"]
-    # Unfinished, as a run that was killed in its second start leaves it.
-    (path,) = (machine.home / "bench").glob("*.json")
-    for load in row["serve"][1:]:
-        tuned = load["arms"]["tuned"]
-        for values in (tuned["output_tokens_per_s"], tuned["starts"]):
-            values.pop()
-        for times in (tuned["ttft_ms"], tuned["itl_ms"]):
-            if times:
-                times["passes"].pop()
-                times["p99_passes"].pop()
-    row |= {"complete": False}
-    path.write_text(json.dumps(row))
-    result, again = machine.bench("--rounds", "1", "--resume", "--skip-tune")
-    assert result.code == 0, result.err
-    assert [record["key"] for record in machine.records] == ["16"]
-    assert again["created"] == created
-    assert again["complete"] is True
-    for before, after in zip(row["serve"], again["serve"], strict=True):
-        assert after["arms"]["sglang"] == before["arms"]["sglang"]
-        assert after["arms"]["tuned"]["starts"] == [1, 1]
-        assert len(after["arms"]["tuned"]["ttft_ms"]["passes"]) == 2
-    result, more = machine.bench("--rounds", "2", "--resume")
-    assert [record["key"] for record in machine.records] == ["16", "none"]
-    assert more["serve"][0]["arms"]["tuned"]["starts"] == [1, 1, 2, 2]
-    assert more["created"] == created
-
-
-# --- SGLang's own client ---------------------------------------------------------------------------------------------
-
-
-def test_the_servers_own_client_where_there_is_a_tokenizer(machine):
-    machine.tuned()
-    machine.flags = machine.flags[:-1]
-    (machine.package / "benchmark").mkdir()
-    (machine.package / "benchmark" / "serving.py").write_text(CLIENT)
-    result, row = machine.bench("--rounds", "1", "--loads", "1:8:4:3")
-    assert result.code == 0, result.err
-    assert row["client"] == "sglang.bench_serving"
-    arm = row["serve"][0]["arms"]["tuned"]
-    assert arm["ttft_ms"] == {"median": 3.5, "p99": 4.5, "passes": [3.5, 3.5], "p99_passes": [4.5, 4.5]}
-    assert 20 < arm["output_tokens_per_s"][0] < 101
-
-
-def test_a_client_that_fails_gives_way_once(machine):
-    machine.tuned()
-    machine.flags = machine.flags[:-1]
-    (machine.package / "bench_serving.py").write_text("raise SystemExit('no such tokenizer')")
-    result, row = machine.bench("--rounds", "1", "--loads", "1:8:4:3")
-    assert result.code == 0, result.err
-    assert "no such tokenizer" in result.err
-    assert row["client"] == "token ids"
-    result, _ = machine.bench("--rounds", "1", "--loads", "1:8:4:3", "--client", "bench_serving")
-    assert result.code == 5
-    assert "no such tokenizer" in result.err
-
-
-def test_a_model_that_brings_code_is_not_for_it(machine):
-    """SGLang's tool would run that code, whether or not the user trusts it."""
-    machine.tuned()
-    machine.flags = machine.flags[:-1]
-    (machine.package / "bench_serving.py").write_text(CLIENT)
-    (machine.model / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["x.Y", null]}}')
-    words = ("--rounds", "1", "--loads", "1:8:4:3")
-    assert machine.bench(*words)[1]["client"] == "token ids"
-    result, _ = machine.bench(*words, "--client", "bench_serving")
-    assert result.code == 2
-    assert machine.records == []
-    machine.flags = (*machine.flags, "--trust-remote-code")
-    assert machine.bench(*words)[1]["client"] == "sglang.bench_serving"
-
-
-def test_a_model_whose_files_are_not_known(tmp_path):
-    assert not is_plain_model("owner/never-fetched", None)
-    assert not is_plain_model("../x y", None)
-    (tmp_path / "config.json").write_text("{")
-    assert not is_plain_model(str(tmp_path), None)
-    (tmp_path / "config.json").write_text("{}")
-    assert is_plain_model(str(tmp_path), None)
-
-
-def test_its_command_line(tmp_path):
-    load = Load(16, 512, 128, 48)
-    command = client_command(tmp_path, 31000, load, 7, tmp_path / "out")
-    assert command[:3] == [sys.executable, "-m", "sglang.bench_serving"]
-    for flag, value in (("--max-concurrency", "16"), ("--num-prompts", "48"), ("--random-input-len", "512")):
-        assert command[command.index(flag) + 1] == value
-    (tmp_path / "benchmark").mkdir()
-    (tmp_path / "benchmark" / "serving.py").touch()
-    assert client_module(tmp_path) == "sglang.benchmark.serving"
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"[]", b"{}", b"no", b"[" * 100_000, b'{"completed": 0, "output_throughput": 1}']
-)
-def test_a_clients_strange_output(content):
-    with pytest.raises(ValueError, match=r"bench_serving|Expecting"):
-        read_client_output(content, Load(1, 8, 4, 3))
-
-
-def test_a_clients_missing_requests_are_counted():
-    row = {"completed": 2, "output_throughput": 9.5, "median_ttft_ms": 1, "p99_ttft_ms": 2, "request_rate": 1e999}
-    passed = read_client_output(json.dumps(row).encode(), Load(1, 8, 1, 3))
-    assert (passed.failed, passed.itl_ms, passed.output_tokens_per_s) == (1, None, 9.5)
-
-
-def test_a_client_that_cannot_run(tmp_path):
-    with pytest.raises(SGLangError, match="No module named"):
-        bench_serving_pass(tmp_path, 1, Load(1, 8, 4, 3), 1)
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -448,9 +289,8 @@ def test_loads_on_the_command_line():
 
 def test_starts_in_turn():
     own, tuned = Side.SGLANG, Side.TUNED
-    assert schedule(1, 2) == ((Start(0, own, 0), Start(0, tuned, 1)), (Start(0, tuned, 2), Start(0, own, 3)))
-    two = [start for pair in schedule(2, 2) for start in pair]
-    assert [(start.subject, start.side) for start in two] == [
+    assert schedule(1, 2) == (Start(0, own, 0), Start(0, tuned, 1), Start(0, tuned, 2), Start(0, own, 3))
+    assert [(start.subject, start.side) for start in schedule(2, 2)] == [
         *((0, own), (0, tuned), (1, tuned), (1, own)),
         *((0, tuned), (0, own), (1, own), (1, tuned)),
     ]

@@ -14,9 +14,12 @@ from fixer.base.progress import terminal_progress
 from fixer.base.status import Phase
 from fixer.base.status_board import Board, new_board, posted
 from fixer.base.voice import Voice
-from fixer.bench import DEFAULT_ROUNDS, Subject, bench_kernel, find_subject
-from fixer.bench_results import BenchResult, Kind, result_path, results_for, save_result
-from fixer.bench_serve import ServePlan, bench_serve
+from fixer.bench.kernels import DEFAULT_ROUNDS, bench_kernel
+from fixer.bench.results import BenchResult
+from fixer.bench.schedule import ServePlan
+from fixer.bench.session import bench_serve
+from fixer.bench.shelf import result_path, save_result
+from fixer.bench.subject import Subject, find_subject
 from fixer.serve.options import MoefixOptions, split_flags
 
 OWN_LIMIT = "own"
@@ -98,7 +101,7 @@ class Output:
             texts = [result.to_json() for result in results]
             click.echo(texts[0] if len(texts) == 1 else "[" + ",\n".join(texts) + "]", nl=False)
             return
-        from fixer.bench_view import print_result
+        from fixer.bench.view import print_result
 
         for number, result in enumerate(results):
             if number:
@@ -129,11 +132,8 @@ def run_kernel(request: Request, rounds: int | None, output: Output) -> None:
     output.show(results)
 
 
-def run_serve(request: Request, plan: ServePlan, output: Output, *, resume: bool) -> None:
+def run_serve(request: Request, plan: ServePlan, output: Output) -> None:
     """Servers under load, for all limits in one go.
-
-    Args:
-        resume: go on from the newest result of the same comparison.
 
     Raises:
         MoefixError: tuning failed, a server did not start, a load was not answered.
@@ -144,31 +144,14 @@ def run_serve(request: Request, plan: ServePlan, output: Output, *, resume: bool
     with posted(new_board(home)) as board:
         say = Voice(options.quiet, board)
         subjects = [find_subject(flags, replace(options, smem_limit=limit), home, say) for limit in limits]
-        earlier = [_earlier(subject, plan) if resume else None for subject in subjects]
         _tell(board, subjects[0], "servers under load")
 
         def publish(place: int, result: BenchResult) -> None:
             output.publish(home, result, several=len(limits) > 1)
 
         with terminal_progress(quiet=options.quiet) as progress:
-            results = bench_serve(subjects, flags, plan, say, progress, publish, earlier)
+            results = bench_serve(subjects, flags, plan, say, progress, publish)
     output.show(results)
-
-
-def _earlier(subject: Subject, plan: ServePlan) -> BenchResult | None:
-    """The newest comparison of the same things under the same loads, if it came after the tuning.
-
-    A finished one may be gone on with too: with more rounds.
-    """
-    wanted = subject.empty_result(Kind.SERVE)
-    for result in results_for(subject.home, subject.file):
-        same = replace(wanted, created=result.created) == replace(
-            result, client="", serve=(), ratio=None, margin=None, verdict=None, complete=False, notes=()
-        )
-        loads = tuple(row.load for row in result.serve)
-        if same and loads == plan.loads and result.created >= subject.artefact.created:
-            return result
-    return None
 
 
 def _tell(board: Board, subject: Subject, what: str) -> None:

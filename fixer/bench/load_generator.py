@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import httpx
 
 from fixer.base.errors import SGLangError
-from fixer.bench_results import Load
+from fixer.bench.passes import Load, Pass
+from fixer.sglang.server import FLUSH_CACHE
 
 REQUEST_SECONDS = 300.0
 """A request that takes longer has failed."""
@@ -30,25 +31,6 @@ MOST_EVENT_BYTES = 1 << 24
 """No event of a stream is longer: it holds one request's token ids."""
 
 _TOTAL = re.compile(rb'"completion_tokens"\s*:\s*(\d+)')
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One pass of a load.
-
-    Attributes:
-        output_tokens_per_s: over the whole pass.
-        ttft_ms, itl_ms: (median, 99th percentile) of the time to the first token and between tokens; None where no
-            request had one.
-        failed: requests without a full answer.
-        fault: of the first such request, "" without one.
-    """
-
-    output_tokens_per_s: float
-    ttft_ms: tuple[float, float] | None
-    itl_ms: tuple[float, float] | None
-    failed: int = 0
-    fault: str = ""
 
 
 @dataclass(frozen=True)
@@ -138,7 +120,7 @@ async def _flush(client: httpx.AsyncClient) -> None:
     """Empty the prefix cache. A server that still works on something refuses; it gets a few tries."""
     for _ in range(20):
         with contextlib.suppress(httpx.HTTPError):
-            if (await client.post("/flush_cache")).status_code == httpx.codes.OK:
+            if (await client.post(FLUSH_CACHE)).status_code == httpx.codes.OK:
                 return
         await asyncio.sleep(0.1)
 
