@@ -131,7 +131,7 @@ class Lock:
 
 
 def hold(path: Path) -> int:
-    """Take a process's lock for the rest of its life; -1 where that cannot be had, and then no lock file lies there."""
+    """Take a run's lock for the rest of its life; -1 where that cannot be had, and then no lock file lies there."""
     handle = -1
     try:
         make_folder(path.parent)
@@ -147,9 +147,6 @@ def hold(path: Path) -> int:
                     raise
                 time.sleep(0.01)
         os.set_inheritable(handle, True)  # over the exec into the server; children of Python's get it not
-    except BlockingIOError:
-        os.close(handle)  # another's, of the same name and process id: a container with this one's host name
-        return -1
     except (OSError, StoreError):
         if handle >= 0:
             os.close(handle)

@@ -48,6 +48,7 @@ class Status:
 
     Attributes:
         host, pid: whose.
+        run: the run's id, the name of its file; "" makes one for this host and process id alone (earlier versions).
         started, updated: UTC, as artefacts write it.
         phase: what it does now.
         detail: one line for a person: the phase's own words, or the fault.
@@ -71,6 +72,11 @@ class Status:
     files: tuple[str, ...] = ()
     verdict: str = ""
     url: str = ""
+    run: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.run:
+            object.__setattr__(self, "run", f"{safe_name(self.host)}-{self.pid}")
 
     def to_json(self) -> str:
         """The file's content, and what `moefix status --json` prints."""
@@ -87,6 +93,7 @@ class Status:
         if not isinstance(row, dict) or row.pop("schema", None) != SCHEMA:
             raise ValueError("it is no state of a moefix of this kind")
         kinds = {field.name: field.type for field in fields(cls)}
+        row.setdefault("run", "")
         if set(row) != set(kinds):
             raise ValueError("its parts are not those of a state")
         row["phase"] = Phase(row["phase"])
@@ -113,9 +120,9 @@ def _share(row: Any) -> Share | None:
     return Share(**row)
 
 
-def state_path(home: Path, host: str, pid: int) -> Path:
-    """Where the state of that process is."""
-    return home / "run" / f"{safe_name(host)}-{pid}.json"
+def state_path(home: Path, run: str) -> Path:
+    """Where the state of that run is."""
+    return home / "run" / f"{safe_name(run)}.json"
 
 
 def lock_path(state: Path) -> Path:

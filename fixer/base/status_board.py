@@ -1,10 +1,14 @@
 """What a moefix at work says of itself to `moefix status`, to a health check and to whoever shares its data folder.
 
-Each process has a file of its own, `run/<host>-<process id>.json` in the data folder, replaced in one step. The server
-that moefix becomes keeps the process id, and with it the file: from then on the log's relay writes it.
+Each run has a file of its own, `run/<run id>.json` in the data folder, replaced in one step. The id is
+`<host>-<process id>-<8 hexadecimal digits>`: containers on one volume may share a host name, and each has a process 1.
+The server that moefix becomes keeps the process id, and with it the file: from then on the log's reader writes it.
 
-Beside it lies `run/<host>-<process id>.lock`, which the process has locked (flock) as long as it lives, the server that
-moefix becomes too: the kernel frees it, so all that share the data folder see an end that nobody could write down.
+Beside it lies `run/<run id>.lock`, which the process has locked (flock) as long as it lives, the server that moefix
+becomes too: the kernel frees it, so all that share the data folder see an end that nobody could write down.
+
+The health check needs none of that: it finds the server among the running processes, by `MOEFIX_RUN` in its
+environment. The data folder may be read-only, full, or another one.
 """
 
 from __future__ import annotations
@@ -20,10 +24,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fixer.base.errors import MoefixError, StoreError
-from fixer.base.files import read_bounded, utc_now, write_atomically
+from fixer.base.files import read_bounded, safe_name, utc_now, write_atomically
 from fixer.base.locks import hold
 from fixer.base.status import Phase, Share, Status, lock_path, state_path
-from fixer.base.status_reading import current_states
+from fixer.base.status_reading import OVER, current_states
 
 if TYPE_CHECKING:
     from fixer.base.progress import Progress
@@ -84,13 +88,25 @@ def new_board(home: Path, now: Callable[[], float] = time.monotonic) -> Board:
         home: the data folder.
         now: the monotonic clock, in seconds.
     """
-    began = utc_now()
-    status = Status(socket.gethostname(), os.getpid(), began, began)
-    board = Board(status, state_path(home, status.host, status.pid), now)
+    began, host = utc_now(), socket.gethostname()
+    run = f"{safe_name(host)}-{os.getpid()}-{os.urandom(4).hex()}"
+    status = Status(host, os.getpid(), began, began, run=run)
+    board = Board(status, state_path(home, run), now)
     board.live()
-    current_states(home)
+    for old in current_states(home):
+        # A restarted container is process 1 again: one ended run of it is shown, and not each restart of a day.
+        if (old.host, old.pid) == (host, os.getpid()) and old.phase in OVER:
+            remove(home, old)
     board.update()
     return board
+
+
+def remove(home: Path, status: Status) -> None:
+    """Take away a run's state and its lock."""
+    path = state_path(home, status.run)
+    for file in (path, lock_path(path)):
+        with contextlib.suppress(OSError):
+            file.unlink()
 
 
 @contextlib.contextmanager

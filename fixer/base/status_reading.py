@@ -11,6 +11,7 @@ from pathlib import Path
 from fixer.base.files import read_bounded
 from fixer.base.locks import is_held
 from fixer.base.status import Phase, Share, Status, lock_path, state_path
+from fixer.base.status_board import remove
 
 
 def states(home: Path) -> tuple[Status, ...]:
@@ -43,13 +44,11 @@ def current_states(home: Path) -> tuple[Status, ...]:
     here = socket.gethostname()
     found = []
     for status in states(home):
-        now, path = status, state_path(home, status.host, status.pid)
+        now, path = status, state_path(home, status.run)
         if status.phase not in OVER and not _lives(status, path, here):
             now = replace(status, phase=Phase.ENDED, detail=f"gone while {status.phase.value}")
         if now.phase in OVER and _age(status.updated) > KEPT_SECONDS:
-            for file in (path, lock_path(path)):
-                with contextlib.suppress(OSError):
-                    file.unlink()
+            remove(home, now)
             continue
         found.append(now)
     return tuple(sorted(found, key=lambda status: status.host != here))
@@ -114,19 +113,64 @@ def lines(status: Status) -> tuple[str, ...]:
     return tuple(f"{name:<9}{text}" for name, text in rows if text)
 
 
+RUN_VARIABLE = "MOEFIX_RUN"
+"""An environment variable of the server that a moefix has become: its run's id, a blank, its address."""
+
+
+def run_variable(status: Status) -> tuple[str, str]:
+    """The environment variable that has the health check find the server."""
+    return RUN_VARIABLE, f"{status.run} {status.url}"
+
+
+def environment(process: Path) -> dict[str, str]:
+    """The environment that a process was started with.
+
+    Args:
+        process: its folder in /proc.
+
+    Raises:
+        OSError: it is another user's, or gone.
+    """
+    texts = (variable.decode("utf-8", "replace") for variable in (process / "environ").read_bytes().split(b"\0"))
+    return {name: value for name, _, value in (text.partition("=") for text in texts)}
+
+
+def running_servers(proc: Path = Path("/proc")) -> dict[str, str]:
+    """The servers that this process namespace shows: run ids and addresses.
+
+    A server's children have its environment too; the process id in the run's id says which process it is itself.
+    """
+    found = {}
+    for process in proc.iterdir() if proc.is_dir() else ():
+        if process.name.isdecimal():
+            with contextlib.suppress(OSError):
+                run, _, url = environment(process).get(RUN_VARIABLE, "").partition(" ")
+                if run.split("-")[-2:-1] == [process.name]:
+                    found[run] = url
+    return found
+
+
 def health(home: Path, seconds: float = HEALTH_SECONDS) -> tuple[bool, str]:
-    """Whether this host's server answers, and in one line what it does."""
+    """Whether the server here answers, and in one line what it does.
+
+    The server is found among the running processes, wherever its state could be written. Of several servers (outside of
+    a container) those of this data folder count, else all; the first that does not answer decides.
+    """
     here = socket.gethostname()
-    mine = [status for status in current_states(home) if status.host == here]
-    # Whatever else runs beside the server (`moefix bench`, `moefix tune`): it is the server that is asked about.
-    mine.sort(key=lambda status: (status.phase in OVER, status.phase is not Phase.SERVING or not status.url))
-    status = mine[0] if mine else None
-    if status is None:
-        return False, "no moefix runs here with this data folder"
-    if status.phase is not Phase.SERVING or not status.url:
-        return False, summary(status)
-    fault = _unhealthy(status.url, seconds)
-    return (False, f"{summary(status)}; {fault}") if fault else (True, f"healthy: {status.url}")
+    mine = {status.run: status for status in current_states(home) if status.host == here}
+    servers = running_servers()
+    servers = {run: url for run, url in servers.items() if run in mine} or servers
+    if not servers:  # or another user's, whose environment cannot be read
+        ready = [status for status in mine.values() if status.phase is Phase.SERVING and status.url]
+        servers = {status.run: status.url for status in ready[:1] if may_serve_here(status)}
+    for run, url in servers.items():
+        fault = _unhealthy(url, seconds)
+        if fault:
+            return False, f"{summary(mine[run])}; {fault}" if run in mine else fault
+    if servers:
+        return True, f"healthy: {', '.join(servers.values())}"
+    others = sorted(mine.values(), key=lambda status: (status.phase is Phase.SERVING, status.phase in OVER))
+    return False, summary(others[0]) if others else "no server of moefix runs here, and no moefix with this data folder"
 
 
 def _unhealthy(url: str, seconds: float) -> str:
@@ -135,9 +179,9 @@ def _unhealthy(url: str, seconds: float) -> str:
     import ssl
     from urllib.parse import urlsplit
 
-    parts = urlsplit(url)
-    host, port = parts.hostname or "127.0.0.1", parts.port
     try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "127.0.0.1", parts.port
         connection = (
             http.client.HTTPSConnection(host, port, timeout=seconds, context=ssl._create_unverified_context())  # noqa: S323
             if parts.scheme == "https"
@@ -148,6 +192,14 @@ def _unhealthy(url: str, seconds: float) -> str:
             code = connection.getresponse().status
         finally:
             connection.close()
-    except (OSError, http.client.HTTPException) as fault:
+    except (OSError, ValueError, http.client.HTTPException) as fault:
         return f"{url} does not answer ({getattr(fault, 'strerror', None) or type(fault).__name__})"
     return "" if code == 200 else f"{url}/health answers {code}"
+
+
+def may_serve_here(status: Status) -> bool:
+    """Whether a state that says so can be of a server here: a container of the same host name has its own process 1."""
+    try:
+        return environment(Path(f"/proc/{status.pid}")).get(RUN_VARIABLE, "").startswith(f"{status.run} ")
+    except OSError:
+        return True

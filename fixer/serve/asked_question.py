@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from fixer.base.errors import MoefixError
 from fixer.serve.asked import Asked, Question
+from fixer.serve.possible_names import Limits, why_not
 
 if TYPE_CHECKING:
     from fixer.model.rules.case import Decision
@@ -67,6 +69,32 @@ def _plain(value: Any) -> Any:
     return value
 
 
+ROOM = 64
+"""What E may have beyond the routed experts: fused shared experts (0.4.6: one for each of the tp ranks), spare ones."""
+
+
+PADDED = 256
+"""The experts' width is padded to a multiple of at most this (MXFP4)."""
+
+
+def limits_of(situation: Situation, roots: tuple[str, ...] = ()) -> Limits:
+    """What a file for this model's experts cannot go beyond, whatever the shard.
+
+    Args:
+        roots: folders below which SGLang looks for files.
+    """
+    from fixer.model.rules.families import expert_layer
+
+    try:
+        layer = expert_layer(situation.model.architecture, situation.model.text_config)
+    except MoefixError:
+        layer = None
+    if layer is None or layer.varies:
+        return Limits(roots)
+    experts = layer.experts + ROOM + situation.flags.ep_num_redundant_experts
+    return Limits(roots, experts, -(-layer.width // PADDED) * PADDED)
+
+
 def decision_for(situation: Situation, kind: int, asked: Asked) -> Decision:
     """The decision of that kind of card, with what SGLang asked for in place of what the rules worked out.
 
@@ -95,6 +123,9 @@ def decision_for(situation: Situation, kind: int, asked: Asked) -> Decision:
     if base is None:
         raise ValueError(f"the model is dense by its config.json, and yet SGLang asked for {asked.gate_up}")
     workload = workload_of_name(asked.gate_up, base)
+    foreign = why_not(asked.gate_up, limits_of(situation), decision.kernel)
+    if foreign:
+        raise ValueError(f"SGLang asked for {asked.gate_up}, but {foreign}")
     if tree.file_name(workload, named, Projection.GATE_UP) != asked.gate_up:
         raise ValueError(f"SGLang asked for {asked.gate_up}, which is no file for {named.name}")
     reason = f"SGLang looked for {asked.gate_up} {how}; tuning exactly that"

@@ -14,6 +14,7 @@ from fixer.base.data_folder import data_home, passing_folder
 from fixer.base.errors import StoreError
 from fixer.base.status import Phase
 from fixer.base.status_board import Board, new_board, posted
+from fixer.base.status_reading import run_variable
 from fixer.base.voice import Voice
 from fixer.model.download.download import downloading
 from fixer.serve.asking.as_asked import as_asked
@@ -62,6 +63,7 @@ def serve_told(server_flags: Sequence[str], options: MoefixOptions, home: Path, 
     files = dict.fromkeys(path.name for each in installations for path in (each.gate_up_path, each.down_path))
     board.update(phase=Phase.SERVING, detail="SGLang is starting", files=tuple(files), url=server_url(situation.flags))
     relay = relay_settings(situation, installations, home, board.path, quiet=options.quiet)
+    environment.update([run_variable(board.status)])
     become_server(reachable(server_flags, situation.flags.host), environment.items(), relay)
 
 

@@ -23,8 +23,18 @@ from fixer.base.locks import is_held
 from fixer.base.progress import Silent
 from fixer.base.status import Phase, Share, Status, lock_path, state_path
 from fixer.base.status_board import OnBoard, new_board, posted, resume_board
-from fixer.base.status_reading import current_states, health, is_alive, lines, share_text, states, summary
+from fixer.base.status_reading import (
+    current_states,
+    health,
+    is_alive,
+    lines,
+    running_servers,
+    share_text,
+    states,
+    summary,
+)
 from fixer.cli import main
+from tests.support import fakes
 
 HERE = socket.gethostname()
 OLD, NEW = "2026-01-01T00:00:00Z", "2099-01-01T00:00:00Z"
@@ -37,8 +47,8 @@ def looks_like_moefix(monkeypatch):
 
 
 def write(home, **changes):
-    status = replace(Status(HERE, os.getpid(), NEW, NEW), **changes)
-    path = state_path(home, status.host, status.pid)
+    status = Status(**{"host": HERE, "pid": os.getpid(), "started": NEW, "updated": NEW, **changes})
+    path = state_path(home, status.run)
     path.parent.mkdir(exist_ok=True)
     path.write_text(status.to_json())
     return status
@@ -140,20 +150,20 @@ def test_dead_processes_have_ended_and_old_ones_go(tmp_path):
     assert (by_pid[dead.pid].phase, by_pid[dead.pid].detail) == (Phase.ENDED, "gone while serving")
     assert by_pid[1] == far
     for status in (old, gone):
-        assert not state_path(tmp_path, status.host, status.pid).exists()
+        assert not state_path(tmp_path, status.run).exists()
 
 
 LIVES = """
 import os, sys, time
 from pathlib import Path
-from fixer.base.status import Phase, lock_path
+from fixer.base.status import Phase
 from fixer.base.status_board import new_board
 board = new_board(Path(sys.argv[1]))
 board.update(phase=Phase.SERVING)
-os.rename(board.path, board.path.with_name("elsewhere-1.json"))
-os.rename(lock_path(board.path), board.path.with_name("elsewhere-1.lock"))
-content = board.path.with_name("elsewhere-1.json")
-content.write_text(content.read_text().replace(board.status.host, "elsewhere").replace(f": {os.getpid()},", ": 1,"))
+content = board.path
+content.write_text(
+    content.read_text().replace(f'"{board.status.host}"', '"elsewhere"').replace(f": {os.getpid()},", ": 1,")
+)
 os.execv(sys.executable, [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(600)"])
 """
 
@@ -173,7 +183,7 @@ def test_a_process_of_another_container_that_is_gone_has_ended(tmp_path):
         process.wait()
     (gone,) = current_states(tmp_path)
     assert (gone.phase, gone.detail) == (Phase.ENDED, "gone while serving")
-    path = state_path(tmp_path, "elsewhere", 1)
+    path = state_path(tmp_path, there.run)
     assert lock_path(path).exists()
     path.write_text(replace(there, updated=OLD).to_json())
     assert current_states(tmp_path) == ()
@@ -193,7 +203,8 @@ def test_a_lock_that_cannot_be_had_leaves_it_to_the_process_id(tmp_path, monkeyp
 
 def test_looking_at_a_lock_does_not_keep_its_owner_from_it(tmp_path, monkeypatch):
     monkeypatch.setattr("fixer.base.locks.LOCK_SECONDS", 30)
-    path = lock_path(state_path(tmp_path, HERE, os.getpid()))
+    monkeypatch.setattr("os.urandom", lambda count: b"\0" * count)
+    path = lock_path(state_path(tmp_path, f"{HERE}-{os.getpid()}-00000000"))
     path.parent.mkdir()
     with path.open("w") as looking:
         fcntl.flock(looking, fcntl.LOCK_SH)
@@ -256,7 +267,7 @@ def test_no_content_is_more_than_a_value_error(content):
 )
 def test_a_damaged_state_is_passed_over(tmp_path, change):
     status = write(tmp_path)
-    path = state_path(tmp_path, status.host, status.pid)
+    path = state_path(tmp_path, status.run)
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     assert states(tmp_path) == ()
 
@@ -280,39 +291,105 @@ def server(code):
         running.shutdown()
 
 
+@contextmanager
+def process_with(url, run="box-{}-0a"):
+    """A process that looks like the server that a moefix has become: its run's id and its process id."""
+    program = f'{sys.executable} -c "import time; time.sleep(60)" sglang.launch_server'
+    process = subprocess.Popen(["sh", "-c", f'exec env MOEFIX_RUN="{run.format("$$")} {url}" {program}'])
+    try:
+        assert fakes.eventually(lambda: run.format(process.pid) in running_servers())
+        yield process.pid, run.format(process.pid)
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.parametrize(("code", "healthy"), [(200, True), (503, False)])
 def test_health_asks_the_server(tmp_path, code, healthy):
-    with server(code) as url:
-        write(tmp_path, phase=Phase.SERVING, url=url)
+    with server(code) as url, process_with(url) as (pid, run):
+        write(tmp_path, phase=Phase.SERVING, url=url, pid=pid, run=run, detail="SGLang is ready")
         write(tmp_path, pid=ended_pid(), phase=Phase.SERVING, url="http://127.0.0.1:9")
         good, text = health(tmp_path)
     assert good is healthy
     assert url in text
+    assert ("SGLang is ready" in text) is not healthy
+
+
+@pytest.mark.parametrize(("code", "healthy"), [(200, True), (503, False)])
+def test_health_needs_no_state(tmp_path, code, healthy):
+    """A data folder that is read-only, full, or another one than the health check looks into."""
+    with server(code) as url, process_with(url):
+        good, text = health(tmp_path / "nowhere")
+    assert good is healthy
+    assert url in text
+
+
+def test_health_with_a_state_that_could_not_be_written_to_its_end(tmp_path):
+    with server(200) as url, process_with(url) as (pid, run):
+        write(tmp_path, phase=Phase.STARTING, pid=pid, run=run)
+        assert health(tmp_path) == (True, f"healthy: {url}")
+
+
+@pytest.mark.parametrize("phase", [Phase.TUNING, Phase.ENDED, Phase.SERVING])
+def test_health_is_not_anothers_of_the_same_host_name_and_process_id(tmp_path, phase):
+    """Two containers with one volume under `--network host`: both have the host's name, and both are process 1."""
+    with server(200) as url, process_with(url) as (pid, run):
+        write(tmp_path, phase=Phase.SERVING, url=url, pid=pid, run=run)
+        write(tmp_path, phase=phase, pid=pid, run=f"{HERE}-{pid}-other", url="http://127.0.0.1:9")
+        assert health(tmp_path) == (True, f"healthy: {url}")
+
+
+def test_while_this_container_tunes_another_ones_server_is_not_its_health(tmp_path):
+    with server(200) as url:
+        write(tmp_path, phase=Phase.SERVING, url=url, run=f"{HERE}-{os.getpid()}-other")
+        write(tmp_path, phase=Phase.TUNING, run=f"{HERE}-{os.getpid()}-mine", detail="search")
+        assert health(tmp_path) == (False, "tuning: search")
+
+
+def test_a_server_of_another_user_is_found_by_its_state(tmp_path, monkeypatch):
+    def forbidden(_):
+        raise PermissionError
+
+    monkeypatch.setattr("fixer.base.status_reading.environment", forbidden)
+    with server(200) as url:
+        write(tmp_path, phase=Phase.SERVING, url=url)
+        assert health(tmp_path) == (True, f"healthy: {url}")
+
+
+def test_a_servers_children_are_not_taken_for_it():
+    with process_with("http://x") as (pid, run):
+        assert running_servers()[run] == "http://x"
+        child = subprocess.Popen(["sleep", "60"], env={"MOEFIX_RUN": f"{run} http://x"})
+        try:
+            assert sum(url == "http://x" for url in running_servers().values()) == 1
+        finally:
+            child.kill()
+            child.wait()
+    assert pid
+
+
+def test_of_several_servers_those_of_the_data_folder_count(tmp_path):
+    with server(200) as good, server(503) as bad, process_with(good) as (pid, run), process_with(bad):
+        assert health(tmp_path)[0] is False
+        write(tmp_path, phase=Phase.SERVING, url=good, pid=pid, run=run)
+        assert health(tmp_path) == (True, f"healthy: {good}")
 
 
 def test_health_is_the_servers_whatever_runs_beside_it(tmp_path):
-    beside = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "moefix"])
-    try:
-        with server(200) as url:
-            write(tmp_path, phase=Phase.SERVING, url=url, updated=OLD)
-            write(tmp_path, pid=beside.pid, phase=Phase.BENCHMARKING)
-            assert health(tmp_path) == (True, f"healthy: {url}")
-    finally:
-        beside.kill()
-        beside.wait()
+    with server(200) as url, process_with(url) as (pid, run):
+        write(tmp_path, phase=Phase.SERVING, url=url, updated=OLD, pid=pid, run=run)
+        write(tmp_path, phase=Phase.BENCHMARKING)
+        assert health(tmp_path) == (True, f"healthy: {url}")
 
 
 def test_health_without_an_answer(tmp_path):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
-        write(
-            tmp_path,
-            phase=Phase.SERVING,
-            detail="SGLang is starting",
-            url=f"http://127.0.0.1:{silent.getsockname()[1]}",
-        )
-        good, text = health(tmp_path, 0.2)
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with process_with(url) as (pid, run):
+            write(tmp_path, phase=Phase.SERVING, detail="SGLang is starting", url=url, pid=pid, run=run)
+            good, text = health(tmp_path, 0.2)
     assert not good
     assert "SGLang is starting" in text
     assert "does not answer" in text
@@ -324,7 +401,7 @@ def test_health_without_an_answer(tmp_path):
         ({"phase": Phase.TUNING, "tuning": Share(45, 100, "steps")}, "tuning: 45 %"),
         ({"phase": Phase.DOWNLOADING, "download": Share(1, 4, "bytes")}, "downloading: 25 %"),
         ({"phase": Phase.FAILED, "detail": "no card"}, "failed: no card"),
-        ({"host": "elsewhere"}, "no moefix runs here"),
+        ({"host": "elsewhere"}, "no server of moefix runs here"),
     ],
 )
 def test_health_of_what_does_not_serve(tmp_path, changes, words):
@@ -332,6 +409,23 @@ def test_health_of_what_does_not_serve(tmp_path, changes, words):
     good, text = health(tmp_path)
     assert not good
     assert words in text
+
+
+def test_a_restart_shows_one_ended_run_and_two_hosts_share_no_file(tmp_path):
+    for _ in range(5):
+        board = new_board(tmp_path)
+        board.update(phase=Phase.ENDED)
+        del board
+    assert len(states(tmp_path)) == 1
+    one, other = new_board(tmp_path), new_board(tmp_path)  # the same host name and process id, both alive
+    assert one.path != other.path
+    assert len(current_states(tmp_path)) == 2
+
+
+def test_a_state_of_an_earlier_version_is_read(tmp_path):
+    row = json.loads(Status(HERE, 77, NEW, NEW).to_json())
+    del row["run"]
+    assert Status.from_json(json.dumps(row).encode()).run == f"{HERE}-77"
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -361,9 +455,11 @@ def test_the_command(tmp_path):
 
 def test_the_commands_health_check(tmp_path):
     result = run("--home", tmp_path, "--healthcheck")
-    assert (result.exit_code, result.output) == (1, "no moefix runs here with this data folder\n")
-    with server(200) as url:
-        write(tmp_path, phase=Phase.SERVING, url=url)
+    assert (result.exit_code, result.output) == (
+        1,
+        "no server of moefix runs here, and no moefix with this data folder\n",
+    )
+    with server(200) as url, process_with(url):
         assert run("--home", tmp_path, "--healthcheck").exit_code == 0
     assert not (tmp_path / "new").exists()
     run("--home", tmp_path / "new", "--healthcheck")

@@ -13,7 +13,8 @@ from fixer.model.rules.case import Outcome
 from fixer.model.rules.decide import decide, layer_workload
 from fixer.serve import asked as asking
 from fixer.serve.asked import Asked, Question, find, keep, record_path
-from fixer.serve.asked_question import decision_for, question_of
+from fixer.serve.asked_question import decision_for, limits_of, question_of
+from fixer.serve.possible_names import Limits
 from fixer.serve.situation import Situation
 from fixer.sglang.flags import parse_flags
 from fixer.sglang.tree import workload_of_name
@@ -174,3 +175,20 @@ def test_a_dense_model_that_asks_is_an_error(trees, models):
     here = situation(trees, models, "qwen3_8b_bf16_4090", gpu="RTX 4090")
     with pytest.raises(ValueError, match="dense"):
         decision_for(here, 0, Asked(question_of(here, 0), "E=8,N=64,device_name=X.json", "", "log", ""))
+
+
+@pytest.mark.parametrize("sizes", ["E=128,N=4096", "E=128,N=9000", "E=4000,N=768"])
+def test_a_name_that_cannot_be_this_models_is_not_tuned(trees, models, sizes):
+    """Marlin in sglang-kt looks for twice the hidden size (4096 here); an earlier version kept that name."""
+    here = situation(trees, models)
+    name = f"{sizes},device_name={here.cards[0][0].sglang_name}.json"
+    with pytest.raises(ValueError, match="another kernel looked for it"):
+        decision_for(here, 0, Asked(question_of(here, 0), name, "", "log", ""))
+
+
+def test_the_largest_sizes(trees, models):
+    here = situation(trees, models)  # 128 experts, 768 wide
+    assert limits_of(here, ("/a",)) == Limits(("/a",), 128 + 64, 768)
+    assert limits_of(situation(trees, models, "qwen3_8b_bf16_4090", gpu="RTX 4090")) == Limits()
+    spare = situation(trees, models, "q3_30b_bf16_tp1_h100", "--ep-num-redundant-experts", "32")
+    assert limits_of(spare).experts == 128 + 64 + 32

@@ -9,7 +9,7 @@ STAMP = "[2026-11-23 23:48:52 TP0] "
 
 
 def line_of(said, *paths):
-    text = WORDING[said].replace("%v", "3.5.1")
+    text = WORDING[said].replace("%v", "FP8" if said in (Said.DENSE_USING, Said.DENSE_DEFAULT) else "3.5.1")
     for path in paths:
         text = text.replace("%s", path, 1)
     return text

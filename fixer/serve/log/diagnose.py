@@ -1,8 +1,11 @@
 """What a GPU error in SGLang's log means: which kernel, what it needs, what the card has, and what to do about it.
 
 A table of errors and a table of kernels, matched against an error's line and the traceback above it. Flags and kernels'
-names are SGLang 0.5.17's; the errors' words were taken from public reports (named behind the entries) and from
-facts.md. Several ranks write into one log, so the frames above an error may be another rank's: they fail alike.
+names are SGLang 0.5.17's; the errors' words were taken from public reports (named behind the entries). Several ranks
+write into one log, so the frames above an error may be another rank's: they fail alike.
+
+Triton writes an error's class first (CompilationError, PTXASError) and its reason some lines below, so a class is held
+back for `PATIENCE` seconds: a reason that comes in that time is explained in its place.
 """
 
 from __future__ import annotations
@@ -18,6 +21,9 @@ FRAMES = 400
 MOST = 12
 """No log gets more explanations than this."""
 
+PATIENCE = 1.0
+"""Seconds that an error's class waits for its reason. A traceback is written at once."""
+
 
 class Fault(Enum):
     """What went wrong."""
@@ -25,7 +31,14 @@ class Fault(Enum):
     SHARED_MEMORY = "it needs more shared memory than the card has"
     FP8 = "this card's architecture has no FP8 in Triton"
     GATE_UP_TMA = "a row of its tuning file has USE_TMA, which this release takes for the down projection only"
+    TENSOR_MEMORY = "it needs more tensor memory than the card has"
+    THREADS = "it needs more threads a block than the card allows"
     COMPILE = "Triton cannot compile it"
+    OLD_COMPILER = "the compiler is older than the card and does not know its architecture"
+    INSTRUCTION = "it uses an instruction that this card's architecture lacks"
+    DEEP_GEMM = "DeepGEMM has no kernel for this card, or not for these sizes"
+    BLOCKS = "the checkpoint's blocks do not go with these parallel sizes"
+    ASYNCHRONOUS = "a kernel failed while it ran"
     NO_COMPILER = "Triton lacks a C compiler or Python's headers"
     CUTLASS = "CUTLASS cannot start it: its tile does not fit the card's shared memory"
     GPU_MEMORY = "the GPU's memory is full"
@@ -34,10 +47,16 @@ class Fault(Enum):
 
 @dataclass(frozen=True)
 class Sign:
-    """How an error shows in a line. `needs` and `has` are groups of the pattern, in bytes."""
+    """How an error shows in a line.
+
+    Attributes:
+        fault, pattern: the error and its words; `needs` and `has` are groups of the pattern.
+        waits: a class of errors, whose reason may come some lines below.
+    """
 
     fault: Fault
     pattern: re.Pattern[str]
+    waits: bool = False
 
 
 SIGNS = (
@@ -45,6 +64,15 @@ SIGNS = (
     Sign(
         Fault.SHARED_MEMORY,
         re.compile(r"out of resource: shared memory,? ?Required: (?P<needs>\d+),? ?Hardware limit\w*: (?P<has>\d+)"),
+    ),
+    # vllm-project/vllm-omni#7176: Blackwell's tensor memory, in columns.
+    Sign(
+        Fault.TENSOR_MEMORY,
+        re.compile(r"out of resource: tensor memory,? ?Required: (?P<needs>\d+),? ?Hardware limit\w*: (?P<has>\d+)"),
+    ),
+    Sign(
+        Fault.THREADS,
+        re.compile(r"out of resource: threads,? ?Required: (?P<needs>\d+),? ?Hardware limit\w*: (?P<has>\d+)"),
     ),
     # NVIDIA/cutlass#3144: flashinfer's CUTLASS MoE.
     Sign(
@@ -71,16 +99,53 @@ SIGNS = (
         Fault.NO_COMPILER,
         re.compile(r"Failed to find C compiler|fatal error: (?:Python|cuda)\.h: No such file"),
     ),
+    # triton-lang/triton#8539; nvcc and LLVM say it in their own words.
     Sign(
-        Fault.COMPILE,
+        Fault.OLD_COMPILER,
         re.compile(
-            r"triton\.compiler\.errors\.CompilationError|PassManager::run failed|ptxas fatal|PTXASError"
-            r"|Internal Triton PTX codegen error"
+            r"is not defined for option 'gpu-name'|Unsupported \.version \d|Unsupported gpu architecture"
+            r"|invalid value for --gpu-architecture|is not a recognized processor for this target"
+        ),
+    ),
+    # vllm-project/vllm#41477.
+    Sign(Fault.INSTRUCTION, re.compile(r"(?:Feature|Instruction) '[^']{1,200}' not supported on \.target")),
+    # sgl-project/sglang#26107, and "The output_size of gate's and up's weight = 192 is not ..." (fp8.py).
+    Sign(
+        Fault.BLOCKS,
+        re.compile(r"= (?P<needs>\d+) is not divisible by weight quantization block_[nk] = (?P<has>\d+)"),
+    ),
+    # sgl-project/sglang#25877, deepseek-ai/DeepGEMM#324, #140.
+    Sign(
+        Fault.DEEP_GEMM,
+        re.compile(
+            r"Assertion error \(?\S*(?:deep_?gemm|csrc/(?:apis|jit_kernels|jit|utils)/)|Unknown SF transformation",
+            re.IGNORECASE,
+        ),
+    ),
+    # sgl-project/sglang#18989.
+    Sign(
+        Fault.ASYNCHRONOUS,
+        re.compile(
+            r"an illegal memory access was encountered|unspecified launch failure|misaligned address"
+            r"|an illegal instruction was encountered|device-side assert triggered"
+            r"|CUDA_ERROR_(?:ILLEGAL_ADDRESS|LAUNCH_FAILED|MISALIGNED_ADDRESS)",
         ),
     ),
     Sign(
+        Fault.COMPILE,
+        re.compile(r"PassManager::run failed|ptxas fatal"),
+    ),
+    Sign(
+        Fault.COMPILE,
+        re.compile(r"triton\.compiler\.errors\.CompilationError|PTXASError|Internal Triton PTX codegen error"),
+        waits=True,
+    ),
+    Sign(
         Fault.GPU_MEMORY,
-        re.compile(r"CUDA out of memory|torch\.(?:cuda\.)?OutOfMemoryError|Not enough memory\. Please try to increase"),
+        re.compile(
+            r"(?:CUDA|\[CUDA\]:|CUDA error:) out of memory|torch\.(?:cuda\.)?OutOfMemoryError"
+            r"|Not enough memory\. Please try to increase"
+        ),
     ),
     Sign(Fault.NO_IMAGE, re.compile(r"no kernel image is available for execution on the device")),
 )
@@ -95,6 +160,16 @@ MARKERS = (
     b"shared mem",
     b"no kernel image",
     b"Not enough",
+    b"llegal",
+    b"misaligned",
+    b"device-side",
+    b"Unsupported",
+    b"not supported",
+    b"gpu-",
+    b"not divisible",
+    b"not a recognized",
+    b"Unknown SF",
+    b"CUDA_ERROR_",
 )
 """A line without any of these shows no error of the table."""
 
@@ -218,8 +293,10 @@ class Explanation:
 
     Attributes:
         fault, kernel: what went wrong, and where.
-        needs, has: shared memory a block in bytes, 0 where the error does not say.
+        needs, has: what is needed and what there is, 0 where the error does not say: bytes of shared memory a block;
+            columns of tensor memory; threads; for BLOCKS a shard's size and the checkpoint's block.
         launched: the unknown kernel's own name, "" where none was seen.
+        waits: the line gave a class of errors only.
     """
 
     fault: Fault
@@ -227,6 +304,7 @@ class Explanation:
     needs: int = 0
     has: int = 0
     launched: str = ""
+    waits: bool = False
 
     def explain(self, card: str, *, installed: bool) -> tuple[str, ...]:
         """The explanation, one line each.
@@ -235,39 +313,67 @@ class Explanation:
             card: the card's name, "" where it is not known.
             installed: moefix installed files for the MoE kernel.
         """
-        where = self.kernel.name + (f" ({self.launched})" if self.launched else "")
-        return (f"SGLang's error above: {where}: {self._what(card)}", f"  {self._cure(installed)}")
+        where = self.kernel.name + (f" ({self.launched})" if self.launched else "") + ": "
+        return (
+            f"SGLang's error above: {'' if self.kernel is _NOWHERE else where}{self._what(card)}",
+            f"  {self._cure(installed)}",
+        )
 
     def _what(self, card: str) -> str:
         if not self.needs:
             return self.fault.value
-        return (
-            f"it needs {self.needs} bytes of shared memory a block, "
-            f"and {card or 'the card'} has {self.has}: {self.needs - self.has} too many"
-        )
+        if self.fault is Fault.BLOCKS:
+            return f"{self.fault.value}: a shard of {self.needs} is no multiple of {self.has}"
+        what = _RESOURCES.get(self.fault, "{} bytes of shared memory a block").format(self.needs)
+        return f"it needs {what}, and {card or 'the card'} has {self.has}: {self.needs - self.has} too many"
 
     def _cure(self, installed: bool) -> str:
         if self.fault in _CURES:
             return _CURES[self.fault]
         if not self.kernel.reads_moe_file:
-            start = "A MoE file cannot cure that"
-            if self.fault is Fault.COMPILE:
-                return f"{start}. A newer driver, or the Triton that SGLang asks for, may; else {self.kernel.cure}"
-            return f"{start}. What helps: {self.kernel.cure}"
-        if self.fault is Fault.COMPILE:
-            return (
-                "A MoE file with other tiles may cure that: moefix tunes with what compiles. Start with "
-                "--moefix-fresh, and report it if it comes again"
+            newer = "A newer driver, or the Triton that SGLang asks for, may; else "
+            return f"A MoE file cannot cure that. {newer if self.fault is Fault.COMPILE else 'What helps: '}" + (
+                self.kernel.cure
             )
+        start = _MOE_CURES.get(self.fault, "A MoE file cures that")
+        if self.fault in (Fault.COMPILE, Fault.INSTRUCTION):
+            return f"{start}: moefix tunes with what compiles. {_FRESH}"
         if installed:
-            return (
-                "A MoE file cures that, and moefix had installed one: the verdict above says which file SGLang took. "
-                "Start with --moefix-fresh, and report it if it comes again"
-            )
-        return f"A MoE file cures that: {self.kernel.cure}"
+            return f"{start}, and moefix had installed one: the verdict above says which file SGLang took. {_FRESH}"
+        return f"{start}: {self.kernel.cure}"
 
+
+_FRESH = "Start with --moefix-fresh, and report it if it comes again"
+
+_MOE_CURES = {
+    Fault.COMPILE: "A MoE file with other tiles may cure that",
+    Fault.INSTRUCTION: "A MoE file without USE_TMA may cure that",
+    Fault.TENSOR_MEMORY: "A MoE file cures that (a smaller BLOCK_SIZE_M or BLOCK_SIZE_N; fewer stages do not)",
+    Fault.THREADS: "A MoE file cures that (fewer warps)",
+}
+"""What a MoE file does about a fault of its own kernel."""
+
+_RESOURCES = {Fault.TENSOR_MEMORY: "{} columns of tensor memory", Fault.THREADS: "{} threads a block"}
 
 _CURES = {
+    Fault.OLD_COMPILER: (
+        "A MoE file cannot cure that. Set TRITON_PTXAS_PATH (TRITON_PTXAS_BLACKWELL_PATH from Triton 3.6 on) to the "
+        "ptxas of a CUDA toolkit that knows the card, such as CUDA 13's /usr/local/cuda/bin/ptxas, or install the "
+        "Triton that this SGLang asks for; where nvcc said it, a newer CUDA toolkit"
+    ),
+    Fault.BLOCKS: (
+        "A MoE file cannot cure that. What helps: a smaller --tp-size, so that every shard is a multiple of the block. "
+        "--ep-size splits the routed experts only: shared experts and dense layers stay split over --tp-size"
+    ),
+    Fault.DEEP_GEMM: (
+        "A MoE file cannot cure that. What helps: SGLANG_ENABLE_JIT_DEEPGEMM=0 in the environment "
+        "(SGL_ENABLE_JIT_DEEPGEMM=0 before 0.5.3), --fp8-gemm-backend triton and --moe-runner-backend triton, or "
+        "newer sglang-kernel packages; attention by DeepGEMM (DSA) needs another --attention-backend"
+    ),
+    Fault.ASYNCHRONOUS: (
+        "Kernels run while Python goes on, so the frames above may be innocent: start once with CUDA_LAUNCH_BLOCKING=1 "
+        "and --disable-cuda-graph, and the frames name the kernel. A MoE file is hardly the reason"
+    ),
     Fault.FP8: (
         "A MoE file cannot cure that: FP8 needs compute capability 8.9 or more. What helps: the bf16 checkpoint, or "
         "one in AWQ or GPTQ, which Marlin runs"
@@ -304,15 +410,23 @@ def find(error: str, above: Iterable[str]) -> Explanation | None:
         named = match.groupdict()
         needs, has = int((named.get("needs") or "0")[:12]), int((named.get("has") or "0")[:12])
         if sign.fault in _WITHOUT_KERNEL:
-            return Explanation(sign.fault, _NOWHERE)
+            return Explanation(sign.fault, _NOWHERE, needs, has)
         kernel, launched = _kernel(error, above)
         if kernel is UNKNOWN and sign.fault is Fault.CUTLASS:
             kernel, launched = _CUTLASS, ""
-        return Explanation(sign.fault, kernel, needs, has, launched)
+        return Explanation(sign.fault, kernel, needs, has, launched, sign.waits)
     return None
 
 
-_WITHOUT_KERNEL = (Fault.GPU_MEMORY, Fault.NO_COMPILER, Fault.NO_IMAGE)
+_WITHOUT_KERNEL = (
+    Fault.GPU_MEMORY,
+    Fault.NO_COMPILER,
+    Fault.NO_IMAGE,
+    Fault.OLD_COMPILER,
+    Fault.BLOCKS,
+    Fault.DEEP_GEMM,
+    Fault.ASYNCHRONOUS,
+)
 _NOWHERE = Kernel("not in one kernel", (), "")
 
 
@@ -336,20 +450,63 @@ class Diagnosis:
 
     def __init__(self) -> None:
         self._said: set[tuple[str, str, str]] = set()
+        self._held: Explanation | None = None
+        self._due: float | None = None
 
-    def see(self, line: str, above: Iterable[str]) -> Explanation | None:
-        """What a line means, None where it is no error or one of a kind that was explained before."""
+    @property
+    def wakes_at(self) -> float | None:
+        """The time, on the clock of `now`, at which `news` has an explanation that waited; None for none."""
+        return self._due
+
+    def see(self, line: str, above: Iterable[str], now: float = 0.0) -> Explanation | None:
+        """What a line means, None where it is no error, one of a kind that was explained before, or one that waits.
+
+        Args:
+            line, above: as `find` takes them.
+            now: a monotonic clock, in seconds.
+        """
         finding = find(line, above) if len(self._said) < MOST else None
-        if finding is None or self.kind(finding) in self._said:
+        if finding is None:
+            return None
+        if finding.waits:
+            if self._held is None and self.kind(finding) not in self._said:
+                self._held, self._due = finding, now + PATIENCE
+            return None
+        if self._held is not None and finding.fault in _REASONS:
+            held, self._held, self._due = self._held, None, None
+            first = self._first(finding)
+            self._said.add(self.kind(held))
+            return first
+        return self._first(finding)
+
+    def news(self, now: float = float("inf")) -> Explanation | None:
+        """An error's class whose reason has not come in time; without `now` at the log's end, where none will."""
+        if self._held is None or self._due is None or now < self._due:
+            return None
+        finding, self._held, self._due = self._held, None, None
+        return self._first(finding)
+
+    def _first(self, finding: Explanation) -> Explanation | None:
+        if self.kind(finding) in self._said:
             return None
         self._said.add(self.kind(finding))
         return finding
-
-    def skip(self, kind: tuple[str, str, str]) -> None:
-        """Take a kind of error for explained."""
-        self._said.add(kind)
 
     @staticmethod
     def kind(finding: Explanation) -> tuple[str, str, str]:
         """What makes two errors alike."""
         return (finding.fault.name, finding.kernel.name, finding.launched)
+
+
+_REASONS = (
+    Fault.COMPILE,
+    Fault.FP8,
+    Fault.GATE_UP_TMA,
+    Fault.NO_COMPILER,
+    Fault.OLD_COMPILER,
+    Fault.INSTRUCTION,
+    Fault.SHARED_MEMORY,
+    Fault.TENSOR_MEMORY,
+    Fault.THREADS,
+)
+"""What Triton writes below "CompilationError" or "PTXASError"."""

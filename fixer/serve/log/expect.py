@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,11 +11,13 @@ from pathlib import Path
 from fixer.artefacts.install import Installation
 from fixer.model.rules.case import Outcome
 from fixer.serve.asked import find, record_path
-from fixer.serve.asked_question import question_of
+from fixer.serve.asked_question import limits_of, question_of
 from fixer.serve.log.settings import Settings
 from fixer.serve.log.verdict import Expected
 from fixer.serve.situation import Situation
 from fixer.sglang.flags import ServerFlags
+from fixer.sglang.log_lines import Wording, wordings_of
+from fixer.sglang.lookup import LOOKUP_SOURCES
 from fixer.workload import Projection
 
 LOOKS = (Outcome.ASKS, Outcome.UNCERTAIN, Outcome.ASKS_THEN_CRASHES)
@@ -58,6 +62,7 @@ def expectation(
         for up, down in [(Projection.GATE_UP, Projection.DOWN)]
         if decision.workload is not None
     )
+    roots = {tree.configs, tree.shipped_configs, *(each.gate_up_path.parent.parent for each in installations)}
     return Expected(
         pairs=tuple((str(each.gate_up_path), str(each.down_path) if reads_down else "") for each in installations),
         names=(*names, *known),
@@ -67,7 +72,18 @@ def expectation(
         kernel=first.kernel,
         log_level=flags.log_level,
         lazy=flags.disable_cuda_graph and flags.skip_server_warmup,
+        limits=limits_of(situation, tuple(sorted(map(str, roots)))),
+        own_form=bool(os.environ.get("SGLANG_LOGGING_CONFIG_PATH")),
+        wordings=tuple((said.name, words) for said, words in _wordings(tree.package)),
     )
+
+
+def _wordings(package: Path) -> tuple[Wording, ...]:
+    """What the look-up of the tree writes; nothing where it cannot be read, and then the known words count."""
+    for source in LOOKUP_SOURCES:
+        with contextlib.suppress(OSError, ValueError):
+            return wordings_of((package / source).read_text("utf-8"))
+    return ()
 
 
 def server_url(flags: ServerFlags) -> str:

@@ -1,353 +1,252 @@
-"""Passes SGLang's output on, byte for byte, and reads along: the verdict about MoE files, errors explained.
+"""Passes SGLang's output on, byte for byte, and lets another process read along.
 
-SGLang is the main process and writes into pipes; this small process, in a session of its own, reads them and writes
-what it read to where moefix's output went before. It forwards first and reads along afterwards, and ends when the
-pipes do, after the last byte.
+SGLang is the main process and writes into pipes. The relay, a small process in a session of its own, reads them and
+writes every byte to where moefix's output went before. It passes bytes first; then it offers them to a second process,
+the reader (`fixer.serve.log.read_log`), through a socket that never blocks and holds about 200 KB. The promises:
 
-It must never hurt the server, so it runs as a pair. The active process works; its standby, a fork, holds the pipes'
-read ends too and waits for the active one's death, upon which it takes over and forks a standby of its own. So a
-killed relay loses at most what it had in hand, and the server neither blocks nor sees a broken pipe. If both are
-killed at one instant, the server's prints fail with EPIPE, as they would without a relay if its reader went away.
-(The server itself must not hold a read end: with nobody reading, the pipe would fill and block it for good.)
+- Every byte arrives, unchanged and in order, until the last one before the end of the server; half lines too.
+- Reading along cannot hurt that. What the reader has no time for is dropped for the reader and never for the output. A
+  reader that raises, hangs for 10 s, or needs more than 32 MiB more is ended; one line says so, and the bytes go on.
+- SGLang keeps its process id, its exit code and its signals; signals to its whole group leave the relay alone.
+- A reader of the output that is slow makes the server wait, as without a relay. One that is gone does not: what would
+  have gone there is dropped. One output does not wait for the other. A full disk loses what does not fit, no more.
+- Memory is bounded: 64 KiB for each output here, 32 MiB in the reader.
 
-A reader of the output that is slow makes the server wait, as without a relay; one that is gone does not: what would
-have gone there is dropped. In Docker SGLang is process 1, whose end kills the relay: there a line counts once it is
-forwarded, which takes microseconds.
+Nothing stands in for the relay: if somebody kills it, SGLang gets EPIPE, as behind any `| tee`. In Docker SGLang is
+process 1, whose end kills the relay: there a line counts once it is forwarded, which takes microseconds.
 
-Standard library only, about 14 MB, of which the standby shares nearly all.
+Measured on two shared cores, output in a pipe: see `tests/test_relay.py`. Standard library only.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import select
 import signal
 import socket
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
-from typing import Any
 
-from fixer.serve.log import diagnose
-from fixer.serve.log.diagnose import Diagnosis, Explanation
 from fixer.serve.log.settings import Settings
-from fixer.serve.log.stream import LINE_CAP, PIECE, Stream
-from fixer.serve.log.verdict import HARMLESS, PASSING, Watch
-from fixer.sglang import log_lines as sglang_log
-from fixer.sglang.log_lines import LogLine, Said
-
-FRAME_CAP = 1000
-"""Bytes that are kept of a line for the frames above an error."""
-
-FLOOD_SECONDS = 0.25
-"""After so long without a pause the log is not read along until there is one: tens of MB, no log of SGLang's."""
+from fixer.serve.log.stream import PIECE, Stream
 
 PATIENCE = 0.3
 """Seconds that moefix's own words wait for the server to end its line."""
 
 
-_MARKERS = (*sglang_log.MARKERS, *diagnose.MARKERS)
+STUCK_SECONDS = 30.0
+"""A reader that takes nothing for so long, though there is something all the time, is ended."""
+
+END_SECONDS = 5.0
+"""How long the reader may take for its last words after the server's end."""
+
+OFF = "moefix: reading along in SGLang's log has stopped ({}): the log goes on unchanged, without moefix's words\n"
+
+# A message to the reader begins with one byte: the output's number, and whether something before it was dropped.
+STREAM, GAP = 0x0F, 0x80
+
+# A message from the reader begins with one byte.
+SAY, FAULT, DONE = b"+", b"!", b"."
+
 _IGNORED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGPIPE", "SIGTSTP", "SIGTTOU", "SIGTTIN", "SIGUSR1", "SIGUSR2")
 
 
-# --- the pair --------------------------------------------------------------------------------------------------------
-
-
 def main(words: list[str]) -> None:
-    """Start the pair: `SIGN SOURCE:TARGET ...` are descriptors; the settings come on standard input."""
+    """Be the relay: `SIGN SOURCE:TARGET ...` are descriptors; the settings come on standard input."""
     sign = int(words[0])
     ends = [word.split(":") for word in words[1:]]
     streams = [Stream(int(source), int(target)) for source, target in ends]
-    settings = Settings.from_json(sys.stdin.buffer.read().decode())
+    settings = sys.stdin.buffer.read().decode()
     for name in _IGNORED:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     os.chdir("/")
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nowhere, 0)
-    os.close(nowhere)
+    _lead_nowhere(0)
     if os.fork():
-        os._exit(0)  # so that the pair is no child of the server, unless that is process 1
+        os._exit(0)  # so that the relay is no child of the server, unless that is process 1
     with contextlib.suppress(BaseException):  # nothing may come out here that is not the server's
-        Relay(streams, settings).run(sign)
+        child, link = _start_reader(settings, streams, sign)
+        os.write(sign, b"r")
+        os.close(sign)
+        Relay(streams, child, link).run()
+    os._exit(0)
+
+
+def _lead_nowhere(*descriptors: int) -> None:
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in descriptors:
+        os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+def _start_reader(settings: str, streams: list[Stream], sign: int) -> tuple[int, socket.socket | None]:
+    """Fork the process that reads along: its id and a socket to it, (0, None) where none can be had."""
+    try:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        child = os.fork()
+    except OSError:
+        return 0, None
+    if child:
+        theirs.close()
+        ours.setblocking(False)
+        return child, ours
+    try:
+        ours.close()
+        # It holds neither end of the server's output: with the relay gone, SGLang must get EPIPE and not block for
+        # good, and who reads the output must see its end.
+        for stream in streams:
+            os.close(stream.source)
+        os.close(sign)
+        _lead_nowhere(1, 2)
+        from fixer.serve.log.read_log import read_along
+
+        read_along(Settings.from_json(settings), theirs)
+    except BaseException as fault:
+        with contextlib.suppress(BaseException):
+            theirs.send(FAULT + f"{type(fault).__name__}: {fault}"[:300].encode("utf-8", "replace"))
     os._exit(0)
 
 
 class Relay:
-    """Both of the pair: the active one from the start, the standby from its promotion on."""
+    """Passes bytes on, a thread for each output, and says what the reader wants said.
 
-    def __init__(self, streams: list[Stream], settings: Settings) -> None:
+    Args:
+        streams: the server's outputs; moefix's words go to the last one.
+        child, link: the reader's process id and a non-blocking socket to it; None for none.
+    """
+
+    def __init__(self, streams: list[Stream], child: int, link: socket.socket | None) -> None:
         self._streams = streams
         self._errors = streams[-1]
-        self._settings = settings
-        self._watch = Watch(settings.expected)
-        self._diagnosis = Diagnosis()
-        self._markers = _MARKERS + (sglang_log.SERVED_MARKERS if settings.expected.lazy else ())
-        self._peer: socket.socket | None = None
-        self._retry = 0.0
-        self._words: list[str] = []
+        self._child, self._link = child, link
+        self._dropped = [False] * len(streams)
+        self._stuck: float | None = None
+        """Since when the reader has taken nothing."""
+        self._hung = False
+        self._words = b""
         self._words_since = 0.0
-        self._notes: list[dict[str, Any]] = []
-        self._clerk = 0
-        self._paused = time.monotonic()
 
-    def run(self, sign: int) -> None:
-        """Work until the server's output ends."""
-        self._have_standby()
-        with contextlib.suppress(OSError):
-            os.write(sign, b"r")
-        os.close(sign)
-        self._news()
-        while self._open():
-            self._step()
+    def run(self) -> None:
+        """Work until the server's output ends and the reader has said its last words."""
+        others = [threading.Thread(target=self._pump, args=(number,)) for number in range(len(self._streams) - 1)]
+        for thread in others:
+            thread.start()
+        ended = False
+        while not ended or any(thread.is_alive() for thread in others):
+            sources = [] if ended else [self._errors.source]
+            ready = self._wait(sources, 0.1 if ended else None)
+            if self._errors.source in ready:
+                ended = not self._pass_on(len(self._streams) - 1)
+            self._hear(ready)
         self._finish()
 
-    def _open(self) -> bool:
-        return any(not stream.ended or stream.pending for stream in self._streams)
-
-    # --- the two ---
-
-    def _have_standby(self) -> None:
-        """Fork a standby. In the standby this returns once it has been promoted and has a standby itself."""
-        while True:
-            mine, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            try:
-                child = os.fork()
-            except OSError:
-                mine.close()
-                other.close()
-                self._retry = time.monotonic() + 1
-                return
-            if child:
-                other.close()
-                mine.setblocking(False)
-                self._peer = mine
-                return
-            mine.close()
-            if self._peer is not None:
-                self._peer.close()
-                self._peer = None
-            self._wait_for_promotion(other)
-
-    def _wait_for_promotion(self, other: socket.socket) -> None:
-        """Follow what the active one has said, until it dies; end with it where it ends by itself."""
-        for stream in self._streams:
-            stream.pending, stream.carry = b"", b""  # what was in the active one's hand stays its own
-            stream.line_open = True
-        self._words, self._notes, self._clerk = [], [], 0
-        while True:
-            try:
-                message = other.recv(PIECE)
-            except OSError:
-                message = b""
-            if not message:
-                other.close()
-                return
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                self._follow(json.loads(message))
-
-    def _follow(self, message: Mapping[str, Any]) -> None:
-        if "end" in message:
-            os._exit(0)
-        if "line" in message:
-            row = message["line"]
-            facts = tuple((name, value) for name, value in row["facts"])
-            self._watch.see(LogLine(Said[row["said"]], row["wanted"], row["used"], facts), time.monotonic())
-        if "verdict" in message:
-            self._watch.news(float("inf"))
-        if "fault" in message:
-            self._diagnosis.skip(tuple(message["fault"]))
-
-    def _tell(self, **message: Any) -> None:
-        if self._peer is not None:
-            with contextlib.suppress(OSError):
-                self._peer.send(json.dumps(message).encode())
-
-    # --- one round ---
-
-    def _step(self) -> None:
-        poll = select.poll()
-        waiting: dict[int, Callable[[], None]] = {}
-
-        def wait(descriptor: int, event: int, act: Callable[[], None]) -> None:
-            poll.register(descriptor, event)
-            waiting[descriptor] = act
-
-        for stream in self._streams:
-            if stream.pending:
-                wait(stream.target, select.POLLOUT, stream.push)
-            elif not stream.ended:
-                wait(stream.source, select.POLLIN, lambda stream=stream: self._pass_on(stream))  # type: ignore[misc]
-        if self._peer is not None:
-            wait(self._peer.fileno(), select.POLLIN, self._lost_standby)
-        elif time.monotonic() >= self._retry:
-            self._have_standby()
-        there = poll.poll(0)
-        if not there:
-            there = poll.poll(self._timeout())
-            self._paused = time.monotonic()
-        for descriptor, _ in there:
-            waiting[descriptor]()
-        self._news()
-        self._speak()
-        self._write_down()
-
-    def _timeout(self) -> float | None:
-        """Milliseconds to the next thing that is due without any output."""
-        due = [time_due for time_due in (self._watch.wakes_at,) if time_due is not None]
-        if self._words and not self._errors.pending:
-            due.append(self._words_since + PATIENCE)
-        if self._peer is None:
-            due.append(self._retry)
-        if self._notes:
-            due.append(time.monotonic() + 0.02)
-        return max(0.0, (min(due) - time.monotonic()) * 1000 + 1) if due else None
-
-    def _lost_standby(self) -> None:
-        assert self._peer is not None
-        self._peer.close()
-        self._peer = None
-        self._retry = time.monotonic() + 0.05  # not as fast as something may kill them
-        with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
+    def _pump(self, number: int) -> None:
+        try:
+            while self._pass_on(number):
                 pass
+        except BaseException:
+            os._exit(1)  # a broken pipe is better for the server than one that nobody reads
 
-    def _pass_on(self, stream: Stream) -> None:
+    def _pass_on(self, number: int) -> bool:
+        """Pass on what is there; False at the end."""
+        stream = self._streams[number]
         data = stream.read()
         stream.put(data)
-        if time.monotonic() - self._paused > FLOOD_SECONDS:
-            stream.carry = b""
+        if data:
+            self._offer(number, data)
+        return bool(data)
+
+    def _wait(self, sources: list[int], seconds: float | None) -> set[int]:
+        """The descriptors at which something came: the sources, the reader."""
+        if self._words:
+            rest = max(0.0, self._words_since + PATIENCE - time.monotonic())
+            seconds = rest if seconds is None else min(seconds, rest)
+        poll = select.poll()
+        for descriptor in [*sources, *([self._link.fileno()] if self._link else [])]:
+            poll.register(descriptor, select.POLLIN)
+        return {descriptor for descriptor, _ in poll.poll(None if seconds is None else seconds * 1000 + 1)}
+
+    # --- the reader ---
+
+    def _offer(self, number: int, data: memoryview) -> None:
+        """Let the reader have what went out, unless it is behind."""
+        link = self._link
+        if link is None:
             return
-        self._read_along(stream, stream.lines(data) if data else [stream.carry])
+        try:
+            link.sendmsg([bytes([number | (GAP if self._dropped[number] else 0)]), data])
+            self._dropped[number] = False
+            self._stuck = None
+        except OSError:  # it is behind, or gone, which is noticed where it is heard
+            self._dropped[number] = True
+            now = time.monotonic()
+            self._stuck = self._stuck or now
+            if now - self._stuck > STUCK_SECONDS and not self._hung:
+                self._hung = True
+                link.shutdown(socket.SHUT_RDWR)  # heard as its end
 
-    # --- reading along ---
+    def _hear(self, ready: set[int]) -> None:
+        """Take what the reader wants said, and say what is due."""
+        if self._link is not None and self._link.fileno() in ready:
+            try:
+                message = self._link.recv(PIECE)
+            except BlockingIOError:
+                message = SAY
+            except OSError:
+                message = b""
+            if message[:1] == SAY:
+                self._queue(message[1:])
+            else:
+                self._link = None
+                if message[:1] != DONE:
+                    why = message[1:].decode("utf-8", "replace") or self._why_gone()
+                    self._queue(OFF.format("".join(c if c.isprintable() else "?" for c in why)).encode())
+        self._speak()
 
-    def _read_along(self, stream: Stream, lines: list[bytes]) -> None:
-        whole = b"\n".join(lines)
-        if not any(marker in whole for marker in self._markers):
-            stream.recent.extend(line[:FRAME_CAP] for line in lines[-diagnose.FRAMES :])
-            return
-        for line in lines:
-            if any(marker in line for marker in self._markers):
-                self._look_at(line[-LINE_CAP:].decode("utf-8", "replace"), stream.recent)
-            stream.recent.append(line[:FRAME_CAP])
+    def _why_gone(self) -> str:
+        """Why the reader closed its end without a word."""
+        if self._hung:
+            self._end_reader()
+            return "it took nothing any more"
+        with contextlib.suppress(OSError):
+            _, status = os.waitpid(self._child, 0)
+            number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+            return "it hung" if number == signal.SIGALRM else f"ended by signal {number}" if number else "it ended"
+        return "it ended"
 
-    def _look_at(self, line: str, above: Iterable[bytes]) -> None:
-        said = sglang_log.read_line(line)
-        if said is not None:
-            before = self._watch.seen
-            self._watch.see(said, time.monotonic())
-            if self._watch.seen != before:
-                row = {"said": said.said.name, "wanted": said.wanted, "used": said.used, "facts": said.facts}
-                self._tell(line=row)
-                if said.said is Said.READY:
-                    self._notes.append({"detail": "SGLang is ready"})
-        frames = (frame.decode("utf-8", "replace") for frame in reversed(tuple(above)))
-        finding = self._diagnosis.see(line, frames)
-        if finding is not None:
-            self._explain(finding)
-
-    def _explain(self, finding: Explanation) -> None:
-        self._tell(fault=Diagnosis.kind(finding))
-        installed = bool(self._settings.expected.pairs)
-        for text in finding.explain(self._settings.card, installed=installed):
-            self._say(_printable(text))
-
-    def _news(self) -> None:
-        """Say a verdict that is due."""
-        verdict = self._watch.news(time.monotonic())
-        if verdict is None:
-            return
-        self._tell(verdict=verdict.outcome.name)
-        text = _printable(verdict.text)
-        if not (self._settings.quiet and verdict.outcome in HARMLESS):
-            self._say(text)
-        self._notes.append({"verdict": text})
-        if verdict.asked is not None and verdict.outcome not in PASSING:
-            self._notes.append({"asked": verdict.asked})
+    def _end_reader(self) -> None:
+        with contextlib.suppress(OSError):
+            os.kill(self._child, signal.SIGKILL)
 
     # --- moefix's own words ---
 
-    def _say(self, text: str) -> None:
-        if not self._words:
+    def _queue(self, words: bytes) -> None:
+        if words and not self._words:
             self._words_since = time.monotonic()
-        self._words.append(f"moefix: {text}\n")
+        self._words += words
 
     def _speak(self, *, now: bool = False) -> None:
         """Put what is to be said between two lines of the server; where it does not end its line, into it."""
-        if not self._words or self._errors.pending:
+        if not self._words:
             return
-        late = now or time.monotonic() >= self._words_since + PATIENCE
-        if self._errors.line_open and not late:
+        if self._errors.line_open and not now and time.monotonic() < self._words_since + PATIENCE:
             return
-        begin = "\n" if self._errors.line_open else ""
-        words, self._words = self._words, []
-        self._errors.put((begin + "".join(words)).encode())
+        words, self._words = self._words, b""
+        self._errors.put((b"\n" if self._errors.line_open else b"") + words)
 
     def _finish(self) -> None:
-        self._watch.end()
-        self._news()
+        """Have the reader say its last words; it keeps what it learnt after that, by itself."""
+        end = time.monotonic() + END_SECONDS
+        if self._link is not None:
+            with contextlib.suppress(OSError):
+                if any(self._dropped):  # nothing more comes that could say so
+                    self._link.settimeout(END_SECONDS)
+                    self._link.send(bytes([GAP]))
+                    self._link.setblocking(False)
+                self._link.shutdown(socket.SHUT_WR)
+        while self._link is not None and (rest := end - time.monotonic()) > 0:
+            self._hear(self._wait([], rest))
+        if self._link is not None:
+            self._end_reader()
         self._speak(now=True)
-        end = time.monotonic() + 1
-        while self._errors.pending and time.monotonic() < end:
-            time.sleep(0.01)
-            self._errors.push()
-        self._tell(end=True)
-        self._notes.append({"ended": True})
-        end = time.monotonic() + 5
-        while self._notes and time.monotonic() < end:
-            self._write_down()
-            time.sleep(0.005)
-
-    # --- files, by a process of their own: a slow disk must not hold up the server's output ---
-
-    def _write_down(self) -> None:
-        """Have a clerk keep what was learnt, one at a time, so that none overtakes another."""
-        if not self._notes:
-            return
-        if self._clerk:
-            with contextlib.suppress(ChildProcessError):
-                if os.waitpid(self._clerk, os.WNOHANG)[0] == 0:
-                    return
-        self._clerk = 0
-        notes, self._notes = self._notes, []
-        with contextlib.suppress(OSError):
-            self._clerk = os.fork()
-            if self._clerk:
-                return
-            with contextlib.suppress(BaseException):
-                self._let_go()
-                for note in notes:
-                    _keep(self._settings, note)
-            os._exit(0)
-
-    def _let_go(self) -> None:
-        """In a child that only writes files: hold nothing that would keep others from seeing an end."""
-        for stream in self._streams:
-            os.close(stream.source)
-        for target in (1, 2):
-            os.close(target)
-        if self._peer is not None:
-            self._peer.close()
-
-
-def _printable(text: str) -> str:
-    """What the log says of paths, on one line, of bearable length, and harmless to a terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text[:2000])
-
-
-def _keep(settings: Settings, note: Mapping[str, Any]) -> None:
-    """Keep one thing that was learnt in the data folder."""
-    from fixer.base.status import Phase
-    from fixer.base.status_board import resume_board
-    from fixer.serve.asked import keep_name
-
-    if "asked" in note:
-        if settings.record:
-            keep_name(Path(settings.record), settings.question, *note["asked"])
-        return
-    board = resume_board(Path(settings.state)) if settings.state else None
-    if board is not None:
-        board.update(**({"phase": Phase.ENDED, "detail": ""} if "ended" in note else note))

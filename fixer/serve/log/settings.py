@@ -12,7 +12,7 @@ from fixer.serve.log.verdict import Expected
 
 @dataclass(frozen=True)
 class Settings:
-    """What the relay is told.
+    """What the reader is told.
 
     Attributes:
         expected: what moefix did, for the verdict.

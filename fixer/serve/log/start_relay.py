@@ -60,7 +60,7 @@ def _same_file(one: int, other: int) -> bool:
 
 
 def _launch(settings: Settings, streams: list[tuple[int, int]]) -> bool:
-    """Start the pair and wait for its sign of life."""
+    """Start the relay and wait for its sign of life."""
     ready, sign = os.pipe()
     words = [f"{source}:{target}" for source, target in streams]
     command = [sys.executable, "-I", "-S", "-c", _BOOT, str(Path(__file__).resolve().parents[3]), str(sign), *words]

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Any
 
+from fixer.serve.possible_names import Limits, why_not
 from fixer.sglang.log_lines import QUIET_LEVELS, LogLine, Said
 
 SETTLING_SECONDS = 2.0
@@ -57,6 +58,9 @@ class Expected:
         kernel: what runs the experts by the rules.
         log_level: SGLang's.
         lazy: neither graphs nor a warm-up run the model before the server is ready.
+        limits: what a name that moefix did not work out must keep to, to be this model's.
+        own_form: SGLang's log has a form of the user's own (SGLANG_LOGGING_CONFIG_PATH), which moefix cannot read.
+        wordings: what the look-up of the user's own tree writes (`sglang_log.wordings_of`), as (kind, words).
     """
 
     pairs: tuple[tuple[str, str], ...] = ()
@@ -67,6 +71,9 @@ class Expected:
     kernel: str = ""
     log_level: str = "info"
     lazy: bool = False
+    limits: Limits = field(default_factory=Limits)
+    own_form: bool = False
+    wordings: tuple[tuple[str, str], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """For the relay's command line."""
@@ -75,8 +82,9 @@ class Expected:
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Expected:
         """What `to_json` wrote."""
-        pairs = {name: tuple((up, down) for up, down in row[name]) for name in ("pairs", "names")}
-        return cls(**{**row, **pairs})
+        pairs = {name: tuple((one, other) for one, other in row[name]) for name in ("pairs", "names", "wordings")}
+        limits = Limits(**{**row["limits"], "roots": tuple(row["limits"]["roots"])})
+        return cls(**{**row, **pairs, "limits": limits})
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,8 @@ class Seen:
     ready: bool = False
     served: bool = False
     ended: bool = False
+    lost: bool = False
+    """Part of the log was not read."""
     facts: Mapping[str, str] = field(default_factory=dict)
 
     def plus(self, line: LogLine) -> Seen:
@@ -117,13 +127,14 @@ class Seen:
             Said.FALLBACK: {"fallbacks": _with(self.fallbacks, (line.wanted, line.used))},
             Said.DEFAULT: {"missing": _with(self.missing, line.wanted)},
             Said.REUSED_UP: {"missing": _with(self.missing, line.wanted)},
+            Said.NO_DOWN: {"missing": _with(self.missing, line.wanted)},
             Said.DETERMINISTIC: {"deterministic": True},
             Said.READY: {"ready": True},
             Said.SERVED: {"served": True},
             Said.ARGUMENTS: {"facts": {**self.facts, **dict(line.facts)}},
             Said.METHOD: {"facts": {**self.facts, **dict(line.facts)}},
         }
-        return replace(self, **changes[line.said])
+        return replace(self, **changes.get(line.said, {}))
 
     @property
     def looked(self) -> bool:
@@ -133,8 +144,12 @@ class Seen:
     @property
     def asked(self) -> tuple[str, ...]:
         """Names of the gate-up files (or joint ones) that SGLang looked for, in order of what became of them."""
-        paths = (*self.used, *(wanted for wanted, _ in self.fallbacks), *self.missing)
-        return tuple(dict.fromkeys(up_name(os.path.basename(path)) for path in paths))
+        return tuple(dict.fromkeys(up_name(os.path.basename(path)) for path in self.paths))
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths that SGLang looked for."""
+        return (*self.used, *(wanted for wanted, _ in self.fallbacks), *self.missing)
 
 
 def _with(known: tuple[Any, ...], new: Any) -> tuple[Any, ...]:
@@ -157,12 +172,32 @@ def judge(expected: Expected, seen: Seen, *, settled: bool) -> Verdict | None:
     Args:
         settled: no new look-up came for a while, so that half a pair means that the other half is missing.
     """
+    if expected.own_form:
+        return Verdict(Outcome.UNSEEN, _OWN_FORM) if expected.asks else None
     taken = _taken(expected, seen)
     if taken is not None:
         return taken
-    if seen.looked:
-        return _other(expected, seen) if settled or seen.ready or seen.ended else None
-    return _without_look_up(expected, seen)
+    settled = settled or seen.ready or seen.ended
+    own, foreign = _own_look_ups(expected, seen)
+    if own.looked:
+        verdict = _other(expected, own) if settled else None
+    elif foreign and not expected.asks:
+        text = "SGLang's log names {}, which is not kept and not tuned: {}; {}".format(*foreign, expected.reason)
+        verdict = Verdict(Outcome.AS_EXPECTED, text) if settled else None
+    else:
+        verdict = _without_look_up(expected, own)
+    if seen.lost and verdict is not None and verdict.outcome in _BY_ABSENCE:
+        return Verdict(Outcome.UNSEEN, _LOST)
+    return verdict
+
+
+_BY_ABSENCE = (Outcome.PARTLY, Outcome.NEVER, Outcome.AS_EXPECTED, Outcome.ENDED)
+"""Outcomes that rest on a line that was not there."""
+
+_LOST = "SGLang's log came faster than moefix reads along: which MoE files SGLang took was not seen"
+_OWN_FORM = (
+    "SGLANG_LOGGING_CONFIG_PATH gives SGLang's log a form of its own: which MoE files SGLang takes cannot be seen in it"
+)
 
 
 def _taken(expected: Expected, seen: Seen) -> Verdict | None:
@@ -181,8 +216,13 @@ def _place(path: str) -> tuple[str, str]:
     return os.path.realpath(folder), name
 
 
+def _known(expected: Expected) -> set[str]:
+    """The gate-up names that moefix worked out or installed."""
+    return {up for up, _ in expected.names} | {os.path.basename(up) for up, _ in expected.pairs}
+
+
 def _other(expected: Expected, seen: Seen) -> Verdict:
-    known = {up for up, _ in expected.names} | {os.path.basename(up) for up, _ in expected.pairs}
+    known = _known(expected)
     strange = [name for name in seen.asked if name not in known]
     if strange and (len(strange) == len(seen.asked) or not expected.asks):
         return _other_file(expected, seen, strange[0])
@@ -213,6 +253,26 @@ def _other_file(expected: Expected, seen: Seen, name: str) -> Verdict:
         "The name is kept: the next start tunes exactly that file",
         (name, down),
     )
+
+
+def _own_look_ups(expected: Expected, seen: Seen) -> tuple[Seen, tuple[str, str] | None]:
+    """What was seen without look-ups that cannot be this model's Triton kernel's; the first of those, and why not."""
+    known, kernel = _known(expected), "" if expected.asks else expected.kernel
+    foreign: dict[str, str] = {}
+    for path in seen.paths:
+        folder, name = os.path.split(path)
+        why = "" if up_name(name) in known else why_not(f"{folder}/{up_name(name)}", expected.limits, kernel)
+        if why:
+            foreign[path] = why
+    if not foreign:
+        return seen, None
+    own = replace(
+        seen,
+        used=tuple(path for path in seen.used if path not in foreign),
+        fallbacks=tuple(pair for pair in seen.fallbacks if pair[0] not in foreign),
+        missing=tuple(path for path in seen.missing if path not in foreign),
+    )
+    return own, next((os.path.basename(path), why) for path, why in foreign.items())
 
 
 def _fate(seen: Seen, path: str) -> str:
@@ -296,7 +356,7 @@ class Watch:
 
     @property
     def wakes_at(self) -> float | None:
-        """When `news` has to be asked again though no line came, on the clock of `now`."""
+        """The time, on the clock of `now`, at which `news` must be called although no line came; None for never."""
         return self._settles
 
     def see(self, line: LogLine, now: float) -> None:
@@ -305,6 +365,10 @@ class Watch:
         self.seen = before.plus(line)
         if self.seen.looked and self.seen != before and not self._final:
             self._settles = now + SETTLING_SECONDS
+
+    def lose(self) -> None:
+        """A part of the log was not read."""
+        self.seen = replace(self.seen, lost=True)
 
     def end(self) -> None:
         """The log has ended."""
@@ -333,7 +397,8 @@ class Watch:
     def _more(self) -> Verdict | None:
         """A file of another shape that SGLang asked for later: two kinds of experts, LoRA, a draft model."""
         assert self.verdict is not None
-        later = [name for name in self.seen.asked if name not in self._named]
+        own, _ = _own_look_ups(self.expected, self.seen)
+        later = [name for name in own.asked if name not in self._named]
         if not later:
             return None
         self._named.update(later)

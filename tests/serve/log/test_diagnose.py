@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from fixer.serve.log.diagnose import FRAMES, KERNELS, MARKERS, MOST, SIGNS, Diagnosis, Fault, find
+from fixer.serve.log.diagnose import FRAMES, KERNELS, MARKERS, MOST, PATIENCE, SIGNS, Diagnosis, Fault, find
 
 RUNTIME = """
   File "/usr/local/lib/python3.12/dist-packages/triton/runtime/jit.py", line 419, in <lambda>
@@ -72,7 +72,8 @@ def explained(text, diagnosis=None):
             finding = diagnosis.see(line, reversed(above[-FRAMES:]))
             found += [finding] if finding else []
         above.append(line)
-    return found
+    last = diagnosis.news()
+    return [*found, last] if last else found
 
 
 def only(text):
@@ -164,6 +165,53 @@ def test_frames_too_far_above_do_not_count():
             "--moe-runner-backend marlin",
         ),
         ("RuntimeError: cutlass_w4a8_moe_mm GEMM initialization failed", Fault.CUTLASS, "NVFP4 tiles"),
+        ("RuntimeError: Triton Error [CUDA]: out of memory", Fault.GPU_MEMORY, "GPU's memory"),
+        (
+            HEAD
+            + MOE
+            + "triton.runtime.errors.OutOfResources: out of resource: tensor memory, Required: 528, Hardware "
+            "limit: 512. Reducing block sizes or `num_stages` may help.",
+            Fault.TENSOR_MEMORY,
+            "528 columns of tensor memory, and the card has 512: 16 too many",
+        ),
+        (
+            HEAD + MOE + "out of resource: tensor memory, Required: 528, Hardware limit: 512.",
+            Fault.TENSOR_MEMORY,
+            "(a smaller BLOCK_SIZE_M or BLOCK_SIZE_N; fewer stages do not): let moefix tune it",
+        ),
+        (
+            HEAD + EXTEND + "out of resource: threads, Required: 2048, Hardware limit: 1024.",
+            Fault.THREADS,
+            "2048 threads a block",
+        ),
+        (
+            "torch.AcceleratorError: CUDA error: an illegal memory access was encountered",
+            Fault.ASYNCHRONOUS,
+            "innocent",
+        ),
+        ("RuntimeError: CUDA error: unspecified launch failure", Fault.ASYNCHRONOUS, "CUDA_LAUNCH_BLOCKING=1"),
+        (
+            "ValueError: Weight output_partition_size = 320 is not divisible by weight quantization block_n = 128.",
+            Fault.BLOCKS,
+            "a shard of 320 is no multiple of 128",
+        ),
+        (
+            "ValueError: The output_size of gate's and up's weight = 192 is not divisible by weight quantization "
+            "block_n = 128.",
+            Fault.BLOCKS,
+            "a smaller --tp-size",
+        ),
+        (
+            "tvm.error.InternalError: Assertion error (/deepgemm/csrc/apis/hyperconnection.hpp:56): Unsupported "
+            "architecture",
+            Fault.DEEP_GEMM,
+            "SGLANG_ENABLE_JIT_DEEPGEMM=0",
+        ),
+        (
+            "RuntimeError: Assertion error (/x/csrc/apis/../jit_kernels/impls/../../utils/layout.hpp:76): Unknown",
+            Fault.DEEP_GEMM,
+            "--fp8-gemm-backend triton",
+        ),
         (
             "MoE grouped GEMM requires 102400 bytes shared memory but device supports 101376",
             Fault.CUTLASS,
@@ -198,10 +246,58 @@ def test_there_is_an_end_to_explanations():
     assert len(found) == MOST
 
 
-def test_what_another_process_explained_is_skipped():
-    finding, diagnosis = only(HEAD + MOE + overflow()), Diagnosis()
-    diagnosis.skip(Diagnosis.kind(finding))
-    assert explained(HEAD + MOE + overflow(), diagnosis) == []
+CLASS = "triton.compiler.errors.CompilationError: at 1:0:\ndef fused_moe_kernel(\n^\n"
+PTXAS = "triton.runtime.errors.PTXASError: PTXAS error: Internal Triton PTX codegen error\n`ptxas` stderr:\n"
+FP8_REASON = (
+    """ValueError("type fp8e4nv not supported in this architecture. The supported fp8 dtypes are ('fp8e4b15',)")\n"""
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault", "words", "not_words"),
+    [
+        (CLASS + FP8_REASON, Fault.FP8, "compute capability 8.9", "other tiles"),
+        (CLASS * 4 + FP8_REASON * 4, Fault.FP8, "AWQ or GPTQ", "--moefix-fresh"),
+        ((CLASS + FP8_REASON) * 4, Fault.FP8, "AWQ or GPTQ", "--moefix-fresh"),
+        (
+            PTXAS + "ptxas fatal   : Value 'sm_121a' is not defined for option 'gpu-name'\n",
+            Fault.OLD_COMPILER,
+            "TRITON_PTXAS_PATH",
+            "other tiles",
+        ),
+        (
+            PTXAS + "ptxas fatal   : Unsupported .version 8.8; current version is '8.5'\n",
+            Fault.OLD_COMPILER,
+            "TRITON_PTXAS_PATH",
+            "other tiles",
+        ),
+        (
+            PTXAS
+            + "ptxas /tmp/x.ptx, line 3; error   : Feature '.tile::scatter4' not supported on .target 'sm_121a'\n",
+            Fault.INSTRUCTION,
+            "USE_TMA",
+            "other tiles",
+        ),
+        (PTXAS + "ptxas fatal   : (C7600) Register allocation failed\n", Fault.COMPILE, "other tiles", "cannot cure"),
+        (CLASS, Fault.COMPILE, "other tiles may cure", "cannot cure"),
+    ],
+)
+def test_an_error_whose_reason_comes_below_has_one_explanation(text, fault, words, not_words):
+    finding = only(HEAD + MOE + text)
+    assert finding.fault is fault
+    said = "\n".join(finding.explain("X", installed=False))
+    assert words in said
+    assert not_words not in said
+
+
+def test_a_class_without_a_reason_waits_its_time():
+    diagnosis = Diagnosis()
+    assert diagnosis.see("triton.compiler.errors.CompilationError: at 1:0:", [], 5.0) is None
+    assert diagnosis.wakes_at == 5.0 + PATIENCE
+    assert diagnosis.news(5.5) is None
+    assert diagnosis.news(5.0 + PATIENCE).fault is Fault.COMPILE
+    assert diagnosis.wakes_at is None
+    assert diagnosis.news() is None
 
 
 def test_every_kernel_of_the_table_can_be_met():

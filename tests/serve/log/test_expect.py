@@ -416,7 +416,7 @@ def test_the_board_while_it_tunes_and_serves(machine):
     healthy, text = health(machine.home)
     assert not healthy  # the stand-in answers nothing
     assert "does not answer" in text
-    lock = lock_path(state_path(machine.home, state().host, process.pid))
+    lock = lock_path(state_path(machine.home, state().run))
     assert is_held(lock)  # by the server
     process.kill()
     process.communicate(timeout=60)

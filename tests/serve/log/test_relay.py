@@ -1,4 +1,4 @@
-"""The relay with real processes: nothing lost, nothing changed, and no harm to the server, whatever is killed when."""
+"""The relay with real processes: nothing lost, nothing changed, and no harm to the server, whatever goes wrong."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,11 @@ from hypothesis import strategies as st
 
 from fixer.base import status_board as status
 from fixer.serve.asked import Asked, Question
+from fixer.serve.log.read_log import LINE_CAP
 from fixer.serve.log.settings import Settings
-from fixer.serve.log.stream import LINE_CAP, Stream
+from fixer.serve.log.stream import Stream
 from fixer.serve.log.verdict import Expected
+from fixer.serve.possible_names import Limits
 from tests.support import fakes
 from tests.support.log_lines import DOWN, EXPECTED, OTHER, OTHER_DOWN, READY, STAMP, UP, missing, using
 
@@ -31,7 +34,9 @@ QUIET = Settings(Expected(asks=False))
 
 STARTER = """
 import os, sys
+from fixer import relay
 from fixer.serve.log.settings import Settings; from fixer.serve.log.start_relay import start_relay
+relay._BOOT = relay._BOOT.replace("; from fixer", "\\n" + os.environ.get("RELAY_BOOT", "") + "\\nfrom fixer")
 assert start_relay(Settings.from_json(sys.argv[1])), "no relay"
 os.execv(sys.executable, [sys.executable, "-c", sys.argv[2], *sys.argv[3:]])
 """
@@ -41,21 +46,31 @@ SAY = "import os, sys\nfor text in sys.argv[1:]:\n    os.write(2, text.encode() 
 class Server:
     """A stand-in that runs behind a relay."""
 
-    def __init__(self, program: str, *words: str, settings: Settings = QUIET, **options) -> None:
+    def __init__(self, program: str, *words: str, settings: Settings = QUIET, boot: str = "", **options) -> None:
         self.mark = uuid.uuid4().hex
         command = [sys.executable, "-c", STARTER, settings.to_json(), program, *words]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-        self.process = subprocess.Popen(command, env={**os.environ, "RELAY_TEST": self.mark}, **pipes)
+        environment = {**os.environ, "RELAY_TEST": self.mark, "RELAY_BOOT": boot}
+        self.process = subprocess.Popen(command, env=environment, **pipes)
 
-    @property
-    def pair(self) -> tuple[int, int] | None:
-        """(active, standby), None while they are not both there."""
+    def processes(self) -> dict[int, int]:
+        """The relay's processes and their parents."""
         found = {
             pid for pid in fakes.processes_with("RELAY_TEST", self.mark) if b"relay import main;" in command_of(pid)
         }
-        children = {pid: parent_of(pid) for pid in found}
-        standbys = [pid for pid, parent in children.items() if parent in found]
-        return (children[standbys[0]], standbys[0]) if len(found) == 2 and len(standbys) == 1 else None
+        return {pid: parent_of(pid) for pid in found}
+
+    @property
+    def reader(self) -> int:
+        """The process that reads along, 0 while there is none."""
+        processes = self.processes()
+        return next((pid for pid, parent in processes.items() if parent in processes), 0)
+
+    @property
+    def relay(self) -> int:
+        """The process that passes bytes on."""
+        assert fakes.eventually(lambda: self.reader)
+        return self.processes()[self.reader]
 
     def gone(self) -> bool:
         return fakes.processes_with("RELAY_TEST", self.mark) == set()
@@ -137,20 +152,16 @@ def test_a_stream_passes_on_what_it_gets(pieces):
     source, target = os.pipe(), os.pipe()
     reader = os.fdopen(target[0], "rb")
     try:
-        stream, lines, got = Stream(source[0], target[1]), [], b""
+        stream, got = Stream(source[0], target[1]), b""
         os.set_blocking(target[0], False)
-        for piece in pieces:
-            if piece:
-                os.write(source[1], piece)
-                data = stream.read()
-                assert data == piece
-                stream.put(data)
-                lines += stream.lines(data)
-                got += reader.read() or b""
-        assert not stream.pending
+        for piece in filter(None, pieces):
+            os.write(source[1], piece)
+            data = stream.read()
+            assert data == piece
+            stream.put(data)
+            got += reader.read() or b""
         whole = b"".join(pieces)
         assert got == whole
-        assert lines == whole.split(b"\n")[:-1]
         assert stream.line_open == (bool(whole) and not whole.endswith(b"\n"))
     finally:
         reader.close()
@@ -162,9 +173,9 @@ def test_a_line_without_end_does_not_fill_memory():
     program = "import os, time\nfor _ in range(400):\n    os.write(1, b'x' * 262144)\ntime.sleep(30)"
     with open(os.devnull, "wb") as nowhere:
         server = Server(program, stdout=nowhere)
-        assert fakes.eventually(lambda: server.pair is not None, 30)
+        assert fakes.eventually(lambda: server.reader, 30)
         time.sleep(1)
-        sizes = [rss(pid) for pid in server.pair]
+        sizes = [rss(pid) for pid in server.processes()]
         server.process.kill()
         server.communicate()
     assert max(sizes) < 24_000_000, sizes
@@ -174,21 +185,39 @@ def rss(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
-def test_it_is_no_bottleneck():
-    """An SGLang at work writes some kB a second; 10 MB/s leave room on a machine that is busy with other tests."""
+@pytest.mark.parametrize(("word", "least"), [(b"", 100e6), (b"Error", 30e6), (b"MoE", 30e6)])
+def test_it_is_no_bottleneck(word, least):
+    """The output in a pipe with a fast reader, as in Docker; lines of 160 bytes.
+
+    The best of five tries, since other tests run beside this one; then an eighth of the speed without a relay counts.
+    """
     program = """
-import os, time
-line = b"[2026-11-24 07:00:00 TP0] Decode batch, #running-req: 16, #token: 18342, cuda graph: True\\n" * 600
+import os, sys, time
+line = b"[2026-11-24 07:00:00 TP0] %s, #running-req: 16, cuda graph: True" % sys.argv[1].encode()
+lines = (line.ljust(159) + b"\\n") * 400
 began, count = time.monotonic(), 0
-while count < 100_000_000:
-    count += os.write(1, line)
-os.write(2, b"%f" % (count / (time.monotonic() - began)))
+while count < 200_000_000:
+    count += os.write(1, lines)
+os.write(2, b"%d %f" % (count, count / (time.monotonic() - began)))
 """
-    with open(os.devnull, "wb") as nowhere:
-        server = Server(program, stdout=nowhere)
-        _, err = server.communicate(120)
-    print(f"[relay: {float(err) / 1e6:.0f} MB/s]", end=" ")
-    assert float(err) > 10e6
+
+    def speed(process):
+        counter = subprocess.Popen(["wc", "-c"], stdin=process.stdout, stdout=subprocess.PIPE)
+        process.stdout.close()
+        count, speed = process.stderr.read().split()
+        process.wait(60)
+        assert int(counter.communicate()[0]) == int(count)
+        return float(speed)
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    relayed = 0.0
+    for _ in range(5):
+        straight = speed(subprocess.Popen([sys.executable, "-c", program, word.decode()], **pipes))
+        relayed = max(relayed, speed(Server(program, word.decode()).process))
+        if relayed >= min(least, straight / 8):
+            break
+    print(f"[relay: {relayed / 1e6:.0f} MB/s, without: {straight / 1e6:.0f}]", end=" ")
+    assert relayed >= min(least, straight / 8)
 
 
 # --- signals and readers ---------------------------------------------------------------------------------------------
@@ -212,9 +241,9 @@ def test_signals_are_the_servers_own():
 def test_a_signal_to_the_whole_group_leaves_the_relay_alone():
     server = Server(WAIT, start_new_session=True)
     assert server.process.stdout.readline() == b"waiting\n"
-    assert fakes.eventually(lambda: server.pair is not None)
+    assert fakes.eventually(lambda: server.reader)
     os.killpg(server.process.pid, signal.SIGTERM)
-    for pid in server.pair or ():
+    for pid in server.processes():
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             os.kill(pid, number)
     assert server.communicate()[0] == b"drained\n"
@@ -245,7 +274,7 @@ def test_a_slow_reader_of_one_stream_does_not_hold_up_the_other():
     assert server.process.wait(60) == 0
 
 
-# --- killed relays ---------------------------------------------------------------------------------------------------
+# --- one process is ended ------------------------------------------------------------------------------------------
 
 COUNT = """
 import os, sys, time
@@ -269,68 +298,158 @@ class Kept(threading.Thread):
             self.data += piece
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_killed_at_random_moments(seed):
-    """Twenty kills of the active one, the standby, or now one and then the other, while lines come all the time."""
-    chance, count = random.Random(seed), 6000
-    server = Server(COUNT, str(count))
-    out, err = Kept(server.process.stdout), Kept(server.process.stderr)
-    kills = 0
-    assert fakes.eventually(lambda: out.data, 30)
-    while server.process.poll() is None:
-        time.sleep(chance.uniform(0.0, 0.15))
-        pair = server.pair
-        if pair is not None and kills < 20:
-            os.kill(chance.choice(pair), signal.SIGKILL)
-            kills += 1
-    assert server.process.returncode == 23  # no broken pipe, no wait without end
-    out.join(20)
-    err.join(20)
-    seen = sorted(int(word) for word in (out.data + b"\n" + err.data).split() if len(word) == 7)
-    assert kills >= 10
-    assert count - len(seen) <= 3 * kills  # what was in hand: at this pace a line or two
-    assert seen[-1] >= count - 4
-    assert out.data == b"".join(sorted(out.data.splitlines(keepends=True)))  # in order, nothing twice
-    assert len(set(seen)) == len(seen)
+def test_a_relay_that_is_killed_is_a_broken_pipe_and_not_a_wait_without_end():
+    program = """
+import os, sys, time
+try:
+    for _ in range(60000):
+        os.write(1, b"x" * 100)
+        time.sleep(0.001)
+except BrokenPipeError:
+    os._exit(19)
+"""
+    server = Server(program)
+    assert server.process.stdout.read(100)
+    os.kill(server.relay, signal.SIGKILL)
+    assert server.process.wait(20) == 19
     assert fakes.eventually(server.gone)
 
 
-def test_what_was_said_is_not_said_again_after_a_take_over():
-    program = SAY + "print('on', flush=True)\nsys.stdin.readline()\nos.write(2, sys.argv[1].encode() + b'\\nend\\n')\n"
-    server = Server(program, using(UP), using(DOWN), settings=Settings(EXPECTED), stdin=subprocess.PIPE)
-    err = Kept(server.process.stderr)
-    assert fakes.eventually(lambda: b"picked up both" in err.data and server.pair, 20)
-    before = server.pair
-    os.kill(before[0], signal.SIGKILL)
-    assert fakes.eventually(lambda: server.pair not in (None, before), 20)
-    server.process.stdin.write(b"\n")
-    server.process.stdin.close()
+def test_a_reader_that_is_killed_is_said_once_and_loses_no_byte():
+    server = Server(COUNT, "3000")
+    out, err = Kept(server.process.stdout), Kept(server.process.stderr)
+    assert fakes.eventually(lambda: out.data and server.reader, 30)
+    os.kill(server.reader, signal.SIGKILL)
+    assert server.process.wait(60) == 23
+    out.join(20)
     err.join(20)
-    assert err.data.count(b"moefix:") == 1
-    assert err.data.endswith(b"end\n")
+    (words,) = said(err.data)
+    assert "reading along in SGLang's log has stopped (ended by signal 9)" in words
+    rest = err.data.replace(words.encode() + b"\n", b"")
+    assert sorted(int(word) for word in (out.data + rest).split()) == list(range(3000))
+    assert fakes.eventually(server.gone)
 
 
-def test_a_verdict_takes_lines_from_before_and_after_a_take_over():
-    program = SAY.replace("sys.argv[1:]", "sys.argv[1:2]") + "sys.stdin.readline()\nos.write(2, sys.argv[2].encode())\n"
-    expected = Expected(pairs=EXPECTED.pairs, names=EXPECTED.names)
-    server = Server(program, using(UP), using(DOWN) + "\n", settings=Settings(expected), stdin=subprocess.PIPE)
+def test_a_reader_that_takes_nothing_is_given_up():
+    program = "import os, time\nwhile True:\n    os.write(2, b'x' * 9999 + b'\\n')\n    time.sleep(0.001)\n"
+    server = Server(program, boot="import fixer.serve.log.relay\nfixer.relay.STUCK_SECONDS = 0.5")
     err = Kept(server.process.stderr)
-    assert fakes.eventually(lambda: UP.encode() in err.data, 20)
-    time.sleep(0.2)
-    assert fakes.eventually(lambda: server.pair, 20)
-    before = server.pair
-    os.kill(before[0], signal.SIGKILL)
-    assert fakes.eventually(lambda: server.pair not in (None, before), 20)
-    server.process.stdin.close()
+    assert fakes.eventually(lambda: server.reader, 20)
+    os.kill(server.reader, signal.SIGSTOP)
+    assert fakes.eventually(lambda: b"has stopped (it took nothing any more)" in err.data, 30)
+    count = len(err.data)
+    assert fakes.eventually(lambda: len(err.data) > count + 1_000_000, 30)
+    server.process.kill()
     err.join(20)
-    assert b"moefix: SGLang picked up both files" in err.data
+    assert len(said(err.data)) == 1
+    assert fakes.eventually(server.gone)
+
+
+# --- whatever goes wrong while lines are read ------------------------------------------------------------------------
+
+SABOTAGE = {
+    "raises": ("def bad(*_, **__):\n    raise ValueError('embedded null byte')", "ValueError: embedded null byte"),
+    "hangs": ("def bad(*_, **__):\n    while True: pass", "it hung"),
+    "sleeps": ("def bad(*_, **__):\n    import time; time.sleep(1000)", "it hung"),
+    "grows": ("def bad(*_, **__):\n    hoard = [b'x' * 1000 for _ in range(10**7)]", "MemoryError"),
+    "exits": ("def bad(*_, **__):\n    import os; os._exit(3)", "it ended"),
+    "overflows": ("def bad(*_, **__):\n    bad()", "RecursionError"),
+}
+
+
+PLACES = ("sglang.log_lines.own_message", "serve.log.diagnose.find", "serve.log.verdict.judge")
+
+
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [
+        *(("raises", place) for place in PLACES),
+        *((kind, "serve.log.read_log.Lines.take") for kind in SABOTAGE),
+    ],
+)
+def test_what_goes_wrong_there_is_said_once_and_the_bytes_go_on(kind, place):
+    sabotage, words = SABOTAGE[kind]
+    boot = "import fixer.serve.log.read_log, fixer.serve.log.verdict\nfixer.serve.log.read_log.STEP_SECONDS = 1\n"
+    boot += f"{sabotage}\nfixer.{place} = bad"
+    lines = [STAMP + using(UP), "RuntimeError: CUDA out of memory", STAMP + READY]
+    program = SAY + "sys.stdin.readline()\nfor n in range(9000):\n    os.write(2, b'%01000d\\n' % n)\n"
+    server = Server(program, *lines, settings=Settings(EXPECTED), boot=boot, stdin=subprocess.PIPE)
+    err = Kept(server.process.stderr)
+    assert fakes.eventually(lambda: b"has stopped" in err.data, 30)
+    server.process.stdin.close()
+    err.join(60)
+    (line,) = said(err.data)
+    assert f"has stopped ({words}" in line
+    rest = err.data.decode().replace(line + "\n", "")
+    assert rest == "".join(f"{text}\n" for text in lines) + "".join(f"{number:01000d}\n" for number in range(9000))
+    assert server.process.wait(60) == 0
+    assert fakes.eventually(server.gone)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        STAMP.encode() + b"Using MoE kernel config from /a\0b/c.json.",
+        STAMP.encode() + b"Using MoE kernel config from /a\xff\xfe/E=1,N=1,device_name=X.json.",
+        STAMP.encode() + b"Using MoE kernel config from /" + b"../" * 1300 + b"x.json.",
+        b"MoE" * 300_000,
+        STAMP.encode() + b"Error " * 300_000,
+        b"Error: " + b"\0" * 100_000,
+        b"[2026-11-23 23:48:52" + b" TP0" * 10_000 + b"] Using MoE",
+        b" 50%|" * 10_000 + b"MoE",
+        b"\x1b]0;Error\x07" * 1000,
+    ],
+)
+def test_no_line_hurts(line):
+    """Each line, some thousand others, and the verdict still comes."""
+    program = """
+import os, sys
+line = open(sys.argv[1], "rb").read()
+for data in (line, b"\\n", b"some other words\\n" * 300000, *(text.encode() + b"\\n" for text in sys.argv[2:])):
+    while data:
+        data = data[os.write(2, data):]
+"""
+    source = Path(f"/tmp/moefix-relay-{uuid.uuid4().hex}")
+    try:
+        source.write_bytes(line)
+        words = [STAMP + using(UP), STAMP + using(DOWN), STAMP + READY]
+        expected = replace(EXPECTED, limits=Limits(("/s/configs",)))
+        _, err = Server(program, str(source), *words, settings=Settings(expected)).communicate()
+    finally:
+        source.unlink()
+    (verdict,) = said(err)
+    assert "picked up both" in verdict or "came faster" in verdict
+    rest = err.replace(b"\n" + verdict.encode() + b"\n", b"\n")
+    assert rest == line + b"\n" + b"some other words\n" * 300000 + "\n".join(words).encode() + b"\n"
+
+
+def test_a_flood_is_no_ground_for_a_verdict():
+    """What was dropped may have had the line that counts."""
+    program = (
+        SAY + "for _ in range(1000):\n    os.write(2, b'An Error, they say: MoE\\n' * 2000)\nos.write(2, b'%s\\n')"
+    )
+    _, err = Server(program % (STAMP + READY), settings=Settings(EXPECTED)).communicate()
+    assert all("never looked" not in line for line in said(err))
+
+
+@pytest.mark.parametrize(
+    "before", ["", "[2026-11-24 07:00:00] Receive: obj=GenerateReqInput(text='", "Model: ", '{"text": "']
+)
+def test_a_line_that_the_model_wrote_is_not_sglangs(before):
+    """Without SGLang's prefix at its beginning no line counts, and within a line of the request log nothing does."""
+    error = "OutOfResources: out of resource: shared memory, Required: 147456, Hardware limit: 101376"
+    texts = [before + using(UP), before + STAMP + using(DOWN) if before else using(DOWN), before + missing(OTHER)]
+    texts += [before + error] if before.startswith("[") else []
+    _, err = Server(SAY, *texts, STAMP + READY, settings=Settings(EXPECTED, card="X")).communicate()
+    (line,) = said(err)
+    assert "never looked for a MoE file" in line
 
 
 # --- reading along ---------------------------------------------------------------------------------------------------
 
 
 def said(err: bytes) -> list[str]:
-    return [line for line in err.decode().splitlines() if line.startswith("moefix: ")]
+    return [line for line in err.decode("utf-8", "replace").split("\n") if line.startswith("moefix: ")]
 
 
 def test_the_verdict_comes_between_two_lines():
@@ -343,9 +462,9 @@ def test_the_verdict_comes_between_two_lines():
 
 def test_several_ranks_one_verdict():
     texts = [f"[2026-11-23 23:48:52 TP{rank}] {text}" for text in (using(UP), using(DOWN)) for rank in range(8)]
-    out, err = Server(SAY, *texts, READY, settings=Settings(EXPECTED)).communicate()
+    out, err = Server(SAY, *texts, STAMP + READY, settings=Settings(EXPECTED)).communicate()
     assert said(err) == [f"moefix: SGLang picked up both files: {UP} and {DOWN}"]
-    assert err.decode().replace(said(err)[0] + "\n", "") == "\n".join([*texts, READY]) + "\n"
+    assert err.decode().replace(said(err)[0] + "\n", "") == "\n".join([*texts, STAMP + READY]) + "\n"
     assert out == b""
 
 
@@ -358,7 +477,9 @@ for text in sys.argv[1:]:
         time.sleep(0.002)
     os.write(1, b"\\n")
 """
-    out, err = Server(program, using(UP), " 50%|##  |\r" + using(DOWN), settings=Settings(EXPECTED)).communicate()
+    out, err = Server(
+        program, STAMP + using(UP), " 50%|##  |\r" + STAMP + using(DOWN), settings=Settings(EXPECTED)
+    ).communicate()
     assert "picked up both" in said(err)[0]
     assert out.endswith(DOWN.encode() + b".\n")
 
@@ -371,7 +492,9 @@ def test_another_file_is_kept_for_the_next_start_and_the_board_knows(tmp_path):
         EXPECTED, state=str(board.path), record=str(record), question={**question.__dict__}, card="X", quiet=True
     )
     program = SAY + "import time; time.sleep(4)\n"
-    server = Server(program, missing(OTHER), missing(OTHER_DOWN), READY, settings=settings)
+    server = Server(
+        program, *(STAMP + text for text in (missing(OTHER), missing(OTHER_DOWN), READY)), settings=settings
+    )
     assert fakes.eventually(record.exists, 20)
     asked = Asked.from_json(record.read_bytes())
     assert (asked.question, asked.gate_up, asked.down, asked.source) == (question, OTHER, OTHER_DOWN, "log")
@@ -389,7 +512,7 @@ def test_another_file_is_kept_for_the_next_start_and_the_board_knows(tmp_path):
 
 def test_a_data_folder_that_cannot_be_written_harms_nobody(tmp_path):
     settings = Settings(EXPECTED, state="/proc/nowhere/x.json", record="/proc/nowhere/y.json", question={"model": "m"})
-    _, err = Server(SAY, missing(OTHER), "end", settings=settings).communicate()
+    _, err = Server(SAY, STAMP + missing(OTHER), "end", settings=settings).communicate()
     assert "another file" in said(err)[0]
     assert "Traceback" not in err.decode()
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from fixer.serve.log.verdict import SETTLING_SECONDS, Expected, Outcome, Watch, down_name, up_name
+from fixer.serve.possible_names import Limits
 from fixer.sglang.log_lines import Said, read_line
 from tests.support.log_lines import DOWN, EXPECTED, FOLDER, OTHER, OTHER_DOWN, READY, STAMP, UP, line_of, missing, using
 
@@ -208,4 +209,75 @@ def test_names_of_a_pair():
 
 
 def test_the_expectation_survives_the_command_line():
-    assert Expected.from_json(json.loads(json.dumps(EXPECTED.to_json()))) == EXPECTED
+    full = Expected(EXPECTED.pairs, EXPECTED.names, limits=Limits(("/a",), 1, 7), wordings=(("USING", "Using %s."),))
+    for expected in (EXPECTED, full):
+        assert Expected.from_json(json.loads(json.dumps(expected.to_json()))) == expected
+
+
+MARLIN = "E=384,N=14336,device_name=X.json"
+
+
+def test_a_name_that_marlin_asked_for_is_not_kept():
+    expected = Expected(asks=False, reason="4-bit experts run in the Marlin kernel", kernel="marlin")
+    verdict = only(expected, missing(MARLIN))
+    assert verdict.asked is None
+    assert "names E=384,N=14336,device_name=X.json, which is not kept and not tuned" in verdict.text
+    assert "Marlin kernel looks for" in verdict.text
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("E=8,N=9000,device_name=X.json", "at most 4096 wide"),
+        ("E=900,N=64,device_name=X.json", "at most 72 experts"),
+        ("package.json", "no name of a MoE file"),
+    ],
+)
+def test_a_name_that_is_not_this_models_is_not_kept(name, why):
+    limits = Limits(experts=72, width=4096)
+    verdict = only(Expected(asks=False, reason="another kernel", limits=limits), missing(name))
+    assert verdict.asked is None
+    assert why in verdict.text
+    # Where SGLang looks for files itself, such a line is passed over.
+    expected = Expected(pairs=EXPECTED.pairs, names=EXPECTED.names, limits=limits)
+    assert only(expected, missing(name), using(UP), using(DOWN)).outcome is Outcome.TAKEN
+    assert only(expected, missing(name), READY).outcome is Outcome.NEVER
+    assert len(verdicts(expected, using(UP), using(DOWN), missing(name))) == 1
+
+
+def test_a_strange_name_counts_only_in_a_folder_where_sglang_looks(tmp_path):
+    (tmp_path / "configs" / "triton_3_6_0").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "configs")
+    expected = Expected(names=((UP, DOWN),), limits=Limits((str(tmp_path / "configs"),)))
+    elsewhere = str(tmp_path / "configs" / ".." / "elsewhere")
+    assert only(expected, missing(OTHER), READY).outcome is Outcome.NEVER
+    assert only(expected, line_of(Said.DEFAULT, f"{elsewhere}/{OTHER}"), READY).outcome is Outcome.NEVER
+    inside = line_of(Said.DEFAULT, f"{tmp_path}/link/triton_3_6_0/{OTHER}")
+    assert only(expected, inside, READY).asked == (OTHER, OTHER_DOWN)
+
+
+def test_the_down_file_alone_is_missing_in_the_releases_between():
+    lines = [using(UP), line_of(Said.NO_DOWN, f"{FOLDER}/{DOWN}") + " you can"]
+    assert f"not {DOWN}: it found no {FOLDER}/{DOWN}" in verdicts(EXPECTED, *lines)[-1].text
+
+
+@pytest.mark.parametrize("lines", [[READY], [using(UP), READY], []])
+def test_what_was_not_read_is_no_ground_for_a_verdict(lines):
+    watch = Watch(EXPECTED)
+    watch.lose()
+    for text in lines:
+        watch.see(read_line(text), 100.0)
+    watch.end()
+    verdict = watch.news(200.0)
+    assert verdict.outcome is Outcome.UNSEEN
+    assert "came faster than moefix reads" in verdict.text
+
+
+def test_with_a_form_of_the_users_own_the_log_says_nothing():
+    expected = Expected(pairs=EXPECTED.pairs, names=EXPECTED.names, own_form=True)
+    assert "SGLANG_LOGGING_CONFIG_PATH" in only(expected, READY).text
+
+
+def test_lines_of_the_dense_kernel_change_nothing():
+    dense = [line_of(Said.DENSE_USING, "/a/N=1,K=2.json"), line_of(Said.DENSE_DEFAULT, "/a/N=1,K=2.json")]
+    assert only(EXPECTED, *dense, READY).outcome is Outcome.NEVER
