@@ -11,13 +11,16 @@ from pathlib import Path
 from fixer.artefacts.artefact import Artefact
 from fixer.artefacts.transfer import artefacts_in, asks_for, check_versions, missing_rows, read_artefacts
 from fixer.base.data_folder import data_home
-from fixer.base.errors import DockerError, ModelError, SGLangError, StoreError, UsageError
+from fixer.base.errors import DockerError, HubError, ModelError, SGLangError, StoreError, UsageError
 from fixer.base.files import utc_now
-from fixer.base.progress import Progress
+from fixer.base.progress import Progress, Silent, Transfer, gigabytes
 from fixer.image.docker_engine import ContainerRun, Engine, Gpus, Image
-from fixer.image.recipe import NOT_WEIGHTS, Recipe, context, default_command, tar_pieces, weight_files
+from fixer.image.recipe import Recipe, Weights, context, default_command, tar_pieces
 from fixer.model.config import load_model
-from fixer.model.hub import Hub, UnreachableError, refusal
+from fixer.model.download.messages import Bytes, Failed, Message, Plan, Request, Trouble
+from fixer.model.download.process import fetch
+from fixer.model.download.weights import FETCHED, choose, files_of
+from fixer.model.hub import hub_cache, is_commit, is_hub_id, may_be_folder, snapshot_folder
 from fixer.serve.options import split_flags
 from fixer.sglang.declared import Declared, declared_of
 from fixer.sglang.find_tree import find_tree
@@ -71,8 +74,8 @@ class Order:
     @property
     def folder(self) -> Path | None:
         """The model's folder on this machine, absolute; None for a model on the hub."""
-        path = Path(self.model).expanduser()
-        return path.absolute() if path.is_dir() else None
+        path = Path(os.path.expanduser(self.model))
+        return path.absolute() if may_be_folder(self.model) and path.is_dir() else None
 
     @property
     def model_name(self) -> str:
@@ -110,7 +113,10 @@ def bake(order: Order, progress: Progress, environ: Mapping[str, str] = os.envir
         check_artefact(artefact, order, flags, base)
         if missing := missing_rows(artefact, flags):
             progress.note(f"the artefact has no rows for M = {', '.join(map(str, missing))}: a server will tune them")
-    weights, revision = fetch_weights(order, engine) if order.with_weights else (None, order.revision)
+    weights, revision = None, order.revision
+    if order.with_weights:
+        weights, revision = weights_of(order, flags, progress)
+        check_room(weights, engine)
     artefacts = given or artefacts_from(engine, base, order, revision, environ, progress)
     recipe = Recipe(
         base=base.id,
@@ -291,49 +297,69 @@ def container_command(order: Order, revision: str | None) -> tuple[str, ...]:
     return (*what, *limit, f"--model={order.model_name}", *pinned, *flags)
 
 
-def fetch_weights(order: Order, engine: Engine) -> tuple[Path, str]:
-    """The model's folder with all its weights, from the user's hub cache or the hub; and the commit, "" for a folder.
+def weights_of(order: Order, flags: ServerFlags, progress: Progress) -> tuple[Weights, str]:
+    """The files of the model that SGLang loads, just those that `serve` would fetch; and the commit, "" for a folder.
 
     Raises:
-        HubError: the hub does not give them.
+        UsageError: the load format is one whose files only SGLang knows.
+        HubError, StoreError: the hub does not give them, or the disk has no room for them.
         ModelError: the folder has none.
-        DockerError: they have no room where the engine keeps its images.
     """
-    folder, commit = order.folder, ""
+    if flags.load_format not in FETCHED:
+        raise UsageError(
+            f"with load format {flags.load_format} only SGLang itself knows the files", "Leave out --with-weights."
+        )
+    folder = order.folder
     if folder is None:
-        folder = _snapshot(order.model, order.revision, Hub())
-        commit = folder.name
-    files = list(weight_files(folder))
-    if not any(path.suffix in (".safetensors", ".bin", ".pt") for path in files):
+        return _fetched(order, flags, progress)
+    choice = choose(files_of(folder), order.model, flags.load_format, code=flags.trust_remote_code)
+    if not choice.weights:
         raise ModelError(f"{folder} has no weights", "Leave out --with-weights, or name the folder that has them.")
-    size, free = sum(path.stat().st_size for path in files), engine.free_bytes()
+    return Weights(folder, tuple(file.path for file in (*choice.small, *choice.weights))), ""
+
+
+def _fetched(order: Order, flags: ServerFlags, progress: Progress) -> tuple[Weights, str]:
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    revision = load_model("", flags).revision
+    if not is_hub_id(order.model):
+        raise HubError(f"{order.model} is no name on a hub", "Give --model OWNER/NAME, or the model's folder.")
+    commit = revision if is_commit(revision) else None
+    # By its commit: the image's server loads a folder, and so no file but those that it loads.
+    asked = Request(order.model, commit or order.revision, commit, flags.load_format, code=flags.trust_remote_code)
+
+    shown = Transfer("download", quiet=isinstance(progress, Silent))
+
+    def hear(message: Message) -> None:
+        if isinstance(message, Plan):
+            progress.note(f"{message.files} files of {order.model}, {gigabytes(message.total)}, at {message.commit}")
+        elif isinstance(message, Bytes):
+            shown.update(message.done, message.total)
+        elif isinstance(message, Trouble):
+            progress.note(f"download: {message.what}")
+
+    disable_progress_bars()  # the client's own
+    ended = fetch(asked, hear)
+    if isinstance(ended, Failed):
+        kind = StoreError if ended.exit_code == StoreError.exit_code else HubError
+        raise kind(ended.message, ended.hint)
+    folder = snapshot_folder(hub_cache(), order.model, ended.commit)
+    return Weights(folder, tuple(str(Path(file).relative_to(folder)) for file in ended.files)), ended.commit
+
+
+def check_room(weights: Weights, engine: Engine) -> None:
+    """Refuse weights that have no room where the engine keeps its images.
+
+    Raises:
+        DockerError: they have none.
+    """
+    size, free = weights.size, engine.free_bytes()
     # Sent once, then copied into the layer.
     if free is not None and free < 2 * size:
         raise DockerError(
             f"the weights need {2 * size / 2**30:.1f} GiB where Docker keeps its images; {free / 2**30:.1f} are free",
             "Free some: docker system df, docker system prune; or leave out --with-weights.",
         )
-    return folder, commit
-
-
-def _snapshot(name: str, revision: str | None, hub: Hub) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                endpoint=hub.endpoint,
-                token=hub.token,
-                cache_dir=hub.cache,
-                etag_timeout=hub.timeout_s,
-                ignore_patterns=list(NOT_WEIGHTS),
-            )
-        )
-    except Exception as error:  # the client's own, its transport's, or a full disk
-        refused = refusal(name, revision, error)
-        raise (refused.error if isinstance(refused, UnreachableError) else refused) from None
 
 
 def build(engine: Engine, recipe: Recipe, tag: str, progress: Progress) -> str:

@@ -6,12 +6,10 @@ Nothing here talks to Docker. `dockerfile` is the one place where instructions a
 from __future__ import annotations
 
 import json
-import os
 import re
 import tarfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 
@@ -29,11 +27,21 @@ WEIGHTS = FOLDER / "model"
 BANDS = ((1, 8), (9, 64), (65, 512), (513, None))
 """Rows M whose gain is told together: one stream, some, many, prefill."""
 
-NOT_WEIGHTS = ("*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.pth", "original/*", "onnx/*", "openvino/*")
-"""Files of a repository that SGLang does not load."""
-
 _BLOCK = 512
 _PIECE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The files of a model that SGLang loads: their folder, and their names in it."""
+
+    folder: Path
+    names: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return sum((self.folder / name).stat().st_size for name in self.names)
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class Recipe:
         artefacts: one for each kind of card.
         command: the arguments that `docker run` without any has.
         model, revision: whose image it is; `revision` is "" for a folder.
-        weights: a folder to put in, None for an image without weights.
+        weights: the model's files to put in, None for an image without weights.
         date: UTC, as artefacts write it.
     """
 
@@ -57,7 +65,7 @@ class Recipe:
     command: tuple[str, ...]
     model: str
     revision: str
-    weights: Path | None
+    weights: Weights | None
     date: str
 
 
@@ -182,19 +190,8 @@ def context(recipe: Recipe) -> Iterator[Entry]:
         inside = artefact_file(artefact).relative_to(FOLDER)
         yield Entry(f"baked/{inside}", artefact.to_json().encode())
     if recipe.weights is not None:
-        for path in weight_files(recipe.weights):
-            yield Entry(f"model/{path.relative_to(recipe.weights)}", path)
-
-
-def weight_files(folder: Path) -> Iterator[Path]:
-    """The files of a model's folder that a server needs: no hidden ones, no other formats. Links to files count."""
-    for here, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
-        for name in sorted(names):
-            path = Path(here, name)
-            inside = str(path.relative_to(folder))
-            if not name.startswith(".") and path.is_file() and not any(fnmatch(inside, kind) for kind in NOT_WEIGHTS):
-                yield path
+        for name in recipe.weights.names:
+            yield Entry(f"model/{name}", recipe.weights.folder / name)
 
 
 def tar_pieces(

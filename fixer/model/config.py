@@ -8,6 +8,7 @@ from ModelScope by its own client, where SGLANG_USE_MODELSCOPE has SGLang do so.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -19,7 +20,16 @@ from typing import Any
 from fixer.base.errors import HubError, ModelError, UsageError
 from fixer.model.catalogue import CatalogueEntry, catalogue_by_name, catalogued
 from fixer.model.config_file import read_json
-from fixer.model.hub import Hub, NoSuchFileError, UnreachableError, before, fetch, is_hub_id, uses_modelscope
+from fixer.model.hub import (
+    Hub,
+    NoSuchFileError,
+    UnreachableError,
+    before,
+    fetch,
+    is_hub_id,
+    may_be_folder,
+    uses_modelscope,
+)
 from fixer.sglang.flags import ServerFlags
 
 _MAX_NAME = 4096
@@ -130,15 +140,16 @@ def _model(name: str, files: _Files, flags: ServerFlags) -> Model:
 
 
 def _files(name: str, flags: ServerFlags, hub: Hub) -> _Files:
-    path = Path(name)
-    try:
-        if path.is_dir():
-            return _from_folder(path)
-        exists = path.exists()
-    except OSError as error:
-        raise ModelError(f"{name!r} cannot be read: {error.strerror}") from None
-    if exists:
-        raise _not_a_folder(path)
+    if may_be_folder(name):
+        path = Path(os.path.expanduser(name))
+        try:
+            if path.is_dir():
+                return _from_folder(path)
+            exists = path.exists()
+        except OSError as error:
+            raise ModelError(f"{name!r} cannot be read: {error.strerror}") from None
+        if exists:
+            raise _not_a_folder(path)
     if name.startswith((".", "/", "~", "\\")) or name.count("/") > 1:
         raise ModelError(f"there is no folder {name!r}", "give a folder with config.json, or OWNER/NAME on the hub")
     known = catalogued(name)

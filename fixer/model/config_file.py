@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fixer.base.errors import ModelError
+from fixer.model.hub_answers import MOST_CONFIG_BYTES
 from fixer.sglang.flags import json_depth
 
-MAX_CONFIG_BYTES = 16 << 20
+MAX_CONFIG_BYTES = MOST_CONFIG_BYTES
 """Largest config.json that is read."""
 
 

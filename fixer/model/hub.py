@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from fixer.base.errors import HubError
-from fixer.model.config_file import MAX_CONFIG_BYTES
+from fixer.model.hub_answers import check_answers
 
 OFFLINE_HINT = "check the network and HF_ENDPOINT, or give --model a folder"
 
@@ -20,7 +20,6 @@ _STATUS: Mapping[int, tuple[str, str]] = {
     401: ("is not there, or needs a token that may read it", "check the name, or set HF_TOKEN"),
     403: ("is gated, and this token may not read it", "accept its terms on the hub and set HF_TOKEN"),
     404: ("is not on the hub", "check the name and --revision"),
-    429: ("cannot be read now: too many requests", "wait a few minutes, or set HF_TOKEN"),
 }
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9._-]{1,96}")
@@ -42,6 +41,16 @@ class NoSuchFileError(HubError):
 def is_hub_id(name: str) -> bool:
     """Whether a name can be that of a repository: "owner/name"."""
     return _ID.fullmatch(name) is not None and ".." not in name and "--" not in name
+
+
+def may_be_folder(name: str) -> bool:
+    """Whether a model's name may mean a folder of this machine, with `~` expanded.
+
+    "owner/name" is a name on a hub, whatever the working folder is and whoever may enter it, unless a file of that name
+    or a readable config.json in a folder of that name lies there.
+    """
+    path = os.path.expanduser(name)
+    return not is_hub_id(name) or os.path.isfile(path) or os.access(os.path.join(path, "config.json"), os.R_OK)
 
 
 def is_commit(revision: str | None) -> bool:
@@ -73,6 +82,8 @@ def refusal(name: str, revision: str | None, error: BaseException, filename: str
     """
     from huggingface_hub import errors
 
+    if isinstance(error, (HubError, UnreachableError)):
+        return error  # what the answer was refused for
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None and _status(error.__cause__):
         error = error.__cause__  # the client puts its own in front of what the hub said
     at = f"{name} at revision {revision}" if revision else name
@@ -85,19 +96,18 @@ def refusal(name: str, revision: str | None, error: BaseException, filename: str
             known = _status(error) if kind is errors.RepositoryNotFoundError else status
             what, hint = _STATUS.get(known, _STATUS[status])
             return HubError(f"{at} {what}", hint)
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return UnreachableError(HubError(f"{at} is not in the cache, and the hub is out of reach", OFFLINE_HINT))
-    if isinstance(error, errors.EntryNotFoundError):
+    is_local = isinstance(error, errors.LocalEntryNotFoundError)
+    if isinstance(error, errors.EntryNotFoundError) and not is_local:
         return NoSuchFileError(f"{at} has no {filename}".rstrip(), "moefix needs a model in Hugging Face's format")
     if isinstance(error, errors.HFValidationError):
         return HubError(f"{at} is no name that the hub takes", "check the name and --revision")
     status_code = _status(error)
     if status_code in _STATUS:
         what, hint = _STATUS[status_code]
-        refused = HubError(f"{at} {what}", hint)
-        return UnreachableError(refused) if status_code == 429 else refused
+        return HubError(f"{at} {what}", hint)
     said = f"answered with status {status_code}" if status_code else "is out of reach"
-    return UnreachableError(HubError(f"the hub {said} for {at}", OFFLINE_HINT))
+    what = f"{at} is not in the cache, and the hub is out of reach" if is_local else f"the hub {said} for {at}"
+    return UnreachableError(HubError(what, OFFLINE_HINT))
 
 
 def _status(error: BaseException) -> int:
@@ -184,6 +194,8 @@ def fetch(name: str, filename: str, revision: str | None, hub: Hub) -> _Fetched:
 def _download(name: str, filename: str, revision: str | None, hub: Hub, late: threading.Event) -> _Fetched:
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
+    check_answers()
+
     def cached() -> _Fetched:
         path = Path(
             hf_hub_download(
@@ -205,8 +217,6 @@ def _download(name: str, filename: str, revision: str | None, hub: Hub, late: th
             return cached()
         except Exception:  # not in the cache either: the first fault is the one to tell
             raise refused from None
-    if about.size is not None and about.size > MAX_CONFIG_BYTES:
-        raise HubError(f"{name}: {filename} on the hub is larger than {MAX_CONFIG_BYTES >> 20} MiB")
     if late.is_set():  # nobody waits any more: spare the client's own retries
         raise UnreachableError(HubError(f"the hub was too slow for {name}", OFFLINE_HINT))
     path = hf_hub_download(

@@ -7,13 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from fixer.base.errors import DockerError, HubError, ModelError, SGLangError, UsageError
 from fixer.base.progress import Silent
 from fixer.image import bake as baking
 from fixer.image.bake import Order, bake, check_order, container_command, how_to_start, parse_gpus
 from fixer.image.docker_engine import Finished, Gpus, Image
+from fixer.image.recipe import Weights
 from tests.support.artefacts import H100, RTX_4090, artefact_of
+from tests.support.hub import COMMIT, Site, serve
 
 TOKEN = "hf_ThisIsNoTokenButMustGoNowhere"
 LABELS = {"moefix.sglang.version": "0.5.17", "moefix.triton.version": "3.6.0"}
@@ -263,7 +266,7 @@ def test_the_weights_of_a_folder(engine, model, tmp_path):
         bake(Order(str(folder), "me/x", with_weights=True), Silent(), {})
     (folder / "model.safetensors").write_bytes(b"w" * 1000)
     recipe = bake(Order(str(folder), "me/x", with_weights=True), Silent(), {}).recipe
-    assert recipe.weights == folder
+    assert recipe.weights == Weights(folder, ("config.json", "model.safetensors"))
     assert recipe.command[:4] == ("--model", "/opt/moefix-baked/model", "--served-model-name", str(folder))
     assert b"w" * 1000 in engine.built[0][1]
     engine.free = 1500
@@ -271,39 +274,61 @@ def test_the_weights_of_a_folder(engine, model, tmp_path):
         bake(Order(str(folder), "me/x", with_weights=True, force=True), Silent(), {})
 
 
-def test_the_weights_of_a_hub_model_pin_the_tuning_to_their_commit(engine, tmp_path, monkeypatch):
-    import huggingface_hub
+SHARD = "model-00001-of-00001.safetensors"
+BESIDE = ("pytorch_model.bin", "consolidated.safetensors", "model.gguf", "original/consolidated.00.pth", "flax.msgpack")
+"""Second copies of the weights, none of which a server with the default load format reads."""
 
-    snapshot = tmp_path / "models--me--x" / "snapshots" / "c0ffee"
-    snapshot.mkdir(parents=True)
-    (snapshot / "model.safetensors").write_bytes(b"w")
-    asked = []
 
-    def download(name, **options):
-        asked.append((name, options["revision"]))
-        return str(snapshot)
+def test_second_copies_of_the_weights_of_a_folder_stay_out(engine, model, tmp_path):
+    folder = tmp_path / "model"
+    (folder / "original").mkdir(parents=True)
+    (folder / "config.json").write_text((Path(model) / "config.json").read_text())
+    for name in (SHARD, *BESIDE, ".env", "modeling_x.py"):
+        (folder / name).write_bytes(b"w")
+    (folder / "loop").symlink_to(folder)
+    (folder / "gone.json").symlink_to("nowhere")
+    wanted = ("config.json", SHARD)
+    assert bake(Order(str(folder), "me/x", with_weights=True), Silent(), {}).recipe.weights.names == wanted
+    order = Order(str(folder), "me/x", ("--trust-remote-code",), with_weights=True, force=True)
+    assert set(bake(order, Silent(), {}).recipe.weights.names) == {*wanted, "modeling_x.py"}
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    recipe = bake(Order("me/x", "me/x", with_weights=True, revision="main"), Silent(), {}).recipe
-    assert asked == [("me/x", "main")]
-    assert "--revision=c0ffee" in engine.ran[0].command
-    assert recipe.revision == "c0ffee"
+
+@pytest.fixture
+def site(model, tmp_path, monkeypatch):
+    """A hub that has the model, with second copies of its weights."""
+    files = {"config.json": (Path(model) / "config.json").read_bytes(), SHARD: b"w" * 999}
+    site = Site(files | dict.fromkeys(BESIDE, b"x" * 999))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with serve(site) as endpoint:
+        for name in ("ENDPOINT", "HUGGINGFACE_CO_URL_TEMPLATE"):
+            value = getattr(constants, name)
+            monkeypatch.setattr(constants, name, value.replace(constants._HF_DEFAULT_ENDPOINT, endpoint))
+        yield site
+
+
+def test_the_weights_of_a_hub_model_are_those_that_serve_fetches_and_pin_the_tuning(engine, site):
+    told = Notes()
+    recipe = bake(Order("me/x", "me/x", with_weights=True, revision="main"), told, {}).recipe
+    assert set(recipe.weights.names) == {"config.json", SHARD}
+    assert site.sent.keys() == {"config.json", SHARD}
+    assert f"--revision={COMMIT}" in engine.ran[0].command
+    assert recipe.revision == COMMIT
     assert recipe.command == (
         *("--model", "/opt/moefix-baked/model", "--served-model-name", "me/x", "--host", "0.0.0.0"),
     )
+    assert f"2 files of me/x, 0.000 GB, at {COMMIT}" in told.lines
 
 
-def test_a_hub_out_of_reach_is_told(engine, monkeypatch):
-    import huggingface_hub
-
-    def download(name, **options):
-        raise OSError(f"https://hub/?token={TOKEN}")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(HubError) as caught:
+def test_a_hub_that_refuses_is_told(engine, site):
+    site.refuse = lambda path: (403, "GatedRepo") if path.endswith(".safetensors") else None
+    with pytest.raises(HubError, match="is gated"):
         bake(Order("me/x", "me/x", with_weights=True), Silent(), {})
-    assert TOKEN not in caught.value.message + caught.value.hint
     assert engine.ran == []
+
+
+def test_a_load_format_whose_files_only_sglang_knows(engine, model):
+    with pytest.raises(UsageError, match="load format gguf"):
+        bake(Order(model, "me/x", ("--load-format", "gguf"), with_weights=True), Silent(), {})
 
 
 # --- words -----------------------------------------------------------------------------------------------------------

@@ -15,13 +15,13 @@ from fixer.artefacts.artefact import Artefact
 from fixer.image.recipe import (
     Entry,
     Recipe,
+    Weights,
     artefact_file,
     context,
     default_command,
     dockerfile,
     labels,
     tar_pieces,
-    weight_files,
 )
 from tests.support.artefacts import H100, RTX_4090, artefact_of
 
@@ -113,7 +113,10 @@ def test_the_dockerfile(recipe, artefact):
     install = [*ENTRYPOINT, "import", "--install", "--home", "/opt/moefix-baked", str(artefact_file(artefact))]
     assert json.loads(lines[3].removeprefix("RUN ")) == install
     assert tuple(json.loads(lines[4].removeprefix("CMD "))) == recipe.command
-    assert "COPY model /opt/moefix-baked/model" in dockerfile(replace(recipe, weights=Path("/w"))).splitlines()
+    assert (
+        "COPY model /opt/moefix-baked/model"
+        in dockerfile(replace(recipe, weights=Weights(Path("/w"), ()))).splitlines()
+    )
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
@@ -135,14 +138,14 @@ def test_the_context_is_what_the_recipe_names_and_nothing_else(recipe, artefact,
     (weights / "config.json").write_text("{}")
     for name in (".env", ".cache/token", "original/consolidated.pth", "model.gguf"):
         (weights / name).write_text("hf_secret")
-    (weights / "loop").symlink_to(weights)
-    (weights / "gone.safetensors").symlink_to("nowhere")
+    chosen = Weights(weights, ("config.json", "model.safetensors"))
+    assert chosen.size == 256 * 5000 + 2
     sent = []
-    content = b"".join(tar_pieces(context(replace(recipe, weights=weights)), sent.append))
+    content = b"".join(tar_pieces(context(replace(recipe, weights=chosen)), sent.append))
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         members = {member.name: member for member in archive}
         inside = artefact_file(artefact).relative_to("/opt/moefix-baked")
-        wanted = {"Dockerfile", "baked/command.json", f"baked/{inside}", "model/blob", "model/config.json"}
+        wanted = {"Dockerfile", "baked/command.json", f"baked/{inside}", "model/config.json"}
         assert {name for name, member in members.items() if member.isfile()} == wanted | {"model/model.safetensors"}
         assert all(member.isfile() or member.isdir() for member in members.values())
         assert {member.mode for member in members.values() if member.isfile()} == {0o644}
@@ -153,7 +156,6 @@ def test_the_context_is_what_the_recipe_names_and_nothing_else(recipe, artefact,
         assert tuple(json.load(archive.extractfile("baked/command.json"))) == recipe.command
     assert sum(sent) == sum(member.size for member in members.values())
     assert b"hf_secret" not in content
-    assert set(weight_files(weights)) == {weights / name for name in ("blob", "config.json", "model.safetensors")}
 
 
 def test_the_same_recipe_is_the_same_context(recipe):

@@ -376,3 +376,43 @@ def test_a_number_of_too_many_digits_is_called_so(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "num_experts": 10**30}))
     with pytest.raises(ModelError, match="more than 20 digits"):
         load_model(str(tmp_path), ServerFlags())
+
+
+def test_a_working_folder_that_this_user_may_not_enter_says_nothing_of_a_hubs_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = os.stat
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        if not Path(path).is_absolute():
+            raise PermissionError(13, "Permission denied", path)
+        return stat(path, *arguments, **options)
+
+    with serve(site_of()) as endpoint:
+        load_model("owner/other", ServerFlags(), hub=hub(endpoint, tmp_path))  # whatever is imported late
+        with monkeypatch.context() as locked:
+            locked.setattr(os, "stat", refuse)
+            locked.setattr(os, "access", lambda path, mode: False)
+            assert load_model("owner/name", ServerFlags(), hub=hub(endpoint, tmp_path)).source is Source.HUB
+
+
+def test_a_folder_of_a_hub_models_name_without_a_config_is_not_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with serve(site_of()) as endpoint:
+        assert load_model("owner/name", ServerFlags(), hub=hub(endpoint, tmp_path)).source is Source.HUB
+        folder(tmp_path / "owner" / "name")
+        assert load_model("owner/name", ServerFlags(), hub=hub(endpoint, tmp_path)).source is Source.FOLDER
+        with pytest.raises(ModelError, match="no folder"):
+            load_model("./owner/nothing", ServerFlags(), hub=hub(endpoint, tmp_path))
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "models").mkdir()
+    folder(tmp_path / "models" / "x")
+    assert load_model("~/models/x", ServerFlags()).source is Source.FOLDER
+    with pytest.raises(ModelError, match="no folder"):
+        load_model("~nobody-has-this-name/x", ServerFlags())

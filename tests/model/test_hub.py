@@ -7,7 +7,16 @@ import pytest
 from huggingface_hub import errors
 
 from fixer.base.errors import HubError
-from fixer.model.hub import UnreachableError, commit_in_cache, commit_of, is_commit, is_hub_id, refusal, uses_modelscope
+from fixer.model.hub import (
+    UnreachableError,
+    commit_in_cache,
+    commit_of,
+    is_commit,
+    is_hub_id,
+    may_be_folder,
+    refusal,
+    uses_modelscope,
+)
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -55,3 +64,17 @@ def test_the_clients_wrapping_does_not_hide_what_the_hub_said() -> None:
     refused = refusal("a/b", "v1", wrapped)
     assert isinstance(refused, UnreachableError)
     assert refused.error.message == "a/b at revision v1 is not in the cache, and the hub is out of reach"
+
+
+def test_a_name_on_a_hub_is_not_asked_of_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "me" / "empty").mkdir(parents=True)
+    (tmp_path / "me" / "model").mkdir()
+    (tmp_path / "me" / "model" / "config.json").write_text("{}")
+    (tmp_path / "me" / "x.gguf").write_text("GGUF")
+    assert not may_be_folder("me/nothing")
+    assert not may_be_folder("me/empty")
+    assert may_be_folder("me/model")
+    assert may_be_folder("me/x.gguf")
+    for name in ("./me/empty", "../me/empty", "/me/empty", "~/me/empty", "model", "a/b/c"):
+        assert may_be_folder(name), name

@@ -1,4 +1,4 @@
-"""A local hub for the real client: model info, file lists, files with ranges; slow, broken off or refusing on demand.
+"""A local hub for the real client: model info, file lists, files with ranges; slow, broken off, refusing or hostile.
 
 Imported by name in child processes, so it must stay free of pytest.
 """
@@ -12,7 +12,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
@@ -28,6 +29,19 @@ def noise(size: int, seed: int = 0) -> bytes:
     return random.Random(seed).randbytes(size)
 
 
+@dataclass(frozen=True)
+class Body:
+    """What a hostile hub sends for a file, in the place of its content and of what its HEAD announced.
+
+    Attributes:
+        pieces: the bytes, one piece after the other, as slowly as the iterator is.
+        headers: by name; no Content-Length unless it is among them.
+    """
+
+    pieces: Callable[[], Iterator[bytes]]
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
 class Site:
     """What the hub has, and how it behaves; every attribute may be changed while it serves.
 
@@ -37,8 +51,13 @@ class Site:
         refuse: gives a status and an error code for a path (without the query), or None.
         delay: seconds before each answer.
         rate: bytes a second for each large file, 0 for as fast as it goes.
+        rates: the same, by file.
         cuts: by file, after how many bytes each further answer breaks off.
         lengths: by file, a Content-Length that is not the file's.
+        heads: headers for every answer to HEAD, in the place of the true ones.
+        bodies: by file, what is sent for it.
+        rows: changes the listing.
+        retry: headers of every refusal.
         requests: "GET /path" in order.
         tokens: every Authorization header.
         sent: body bytes by file.
@@ -50,8 +69,13 @@ class Site:
         self.refuse: Callable[[str], tuple[int, str] | None] = lambda path: None
         self.delay = 0.0
         self.rate = 0.0
+        self.rates: dict[str, float] = {}
         self.cuts: dict[str, list[int]] = {}
         self.lengths: dict[str, int] = {}
+        self.heads: dict[str, str] = {}
+        self.bodies: dict[str, Body] = {}
+        self.rows: Callable[[list[dict[str, object]]], object] = lambda rows: rows
+        self.retry: dict[str, str] = {}
         self.requests: list[str] = []
         self.tokens: set[str] = set()
         self.sent: Counter[str] = Counter()
@@ -114,6 +138,8 @@ class _Handler(BaseHTTPRequestHandler):
         if code:
             self.send_header("X-Error-Code", code)
         self.send_header("X-Repo-Commit", COMMIT)
+        for name, value in self.site.retry.items():
+            self.send_header(name, value)
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -122,7 +148,7 @@ class _Handler(BaseHTTPRequestHandler):
         if commit is None:
             return self._refuse(404, "RevisionNotFound")
         about = {"id": "owner/name", "sha": commit, "siblings": [{"rfilename": name} for name in self.site.files]}
-        content = json.dumps(self.site.listing() if parts[:1] == ["tree"] else about).encode()
+        content = json.dumps(self.site.rows(self.site.listing()) if parts[:1] == ["tree"] else about).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
@@ -137,20 +163,39 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(404, "EntryNotFound")
         content = site.files[name]
         start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
-        self.send_response(206 if "Range" in self.headers else 200)
-        self.send_header("ETag", f'"{site.hash(name)}"')
-        self.send_header("X-Repo-Commit", commit)
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(site.lengths.get(name, len(content) - start)))
+        headers = {
+            "ETag": f'"{site.hash(name)}"',
+            "X-Repo-Commit": commit,
+            "Accept-Ranges": "bytes",
+            "Content-Length": str(site.lengths.get(name, len(content) - start)),
+        }
         if "Range" in self.headers:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        body = site.bodies.get(name) if self.command == "GET" else None
+        if self.command == "HEAD":
+            headers |= site.heads
+        if body is not None:
+            headers = {"ETag": headers["ETag"], **body.headers}
+        self.send_response(206 if "Range" in self.headers and body is None else 200)
+        for key, value in headers.items():
+            self.send_header(key, value)
         self.end_headers()
-        if self.command == "GET":
+        if body is not None:
+            self._send_body(name, body)
+        elif self.command == "GET":
             self._send(name, content[start:])
         return None
 
+    def _send_body(self, name: str, body: Body) -> None:
+        with suppress(OSError):  # the client is gone
+            for piece in body.pieces():
+                self.wfile.write(piece)
+                self.site.sent[name] += len(piece)
+        self.close_connection = True
+
     def _send(self, name: str, content: bytes) -> None:
         site = self.site
+        rate = site.rates.get(name, site.rate)
         most = site.cuts[name].pop(0) if site.cuts.get(name) else len(content)
         began, sent = time.monotonic(), 0
         try:
@@ -159,8 +204,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(block)
                 sent += len(block)
                 site.sent[name] += len(block)
-                if site.rate and len(content) >= BLOCK:
-                    time.sleep(max(0.0, sent / site.rate - (time.monotonic() - began)))
+                if rate and len(content) >= BLOCK:
+                    time.sleep(max(0.0, sent / rate - (time.monotonic() - began)))
         except OSError:
             pass  # the client is gone
         if most < len(content):

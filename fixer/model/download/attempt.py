@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fixer.base.errors import HubError, StoreError
 from fixer.base.files import write_atomically
-from fixer.model.download.cached import Place, bytes_there, cached
-from fixer.model.download.large_files import get_large, is_resumable, tidy
-from fixer.model.download.messages import Bytes, Done, Plan, Request, Tell
+from fixer.model.download.cached import Place, bytes_there, cached, total_bytes
+from fixer.model.download.messages import Bytes, Done, Plan, Request, Tell, Trouble
 from fixer.model.download.weights import Presence, RepoFile, choose, is_safe
 from fixer.model.hub import UnreachableError, hub_cache, is_commit, repository_folder, snapshot_folder
+from fixer.model.hub_answers import CHECKS
+
+QUIET_SECONDS = 30.0
+"""Seconds without a byte after which that is said."""
 
 TELL_INTERVAL = 0.5
 """Seconds between two messages of how much has come."""
-
-
-AT_A_TIME = 8
-"""Files, as many as the client fetches at a time."""
 
 
 MOST_FILES = 50_000
@@ -49,6 +49,7 @@ class Attempt:
         self.request, self._tell = request, tell
         self._commit = request.commit
         self._places: tuple[Place, ...] = ()
+        self._began = time.time()
 
     def run(self) -> Done:
         """Fetch what is missing.
@@ -57,31 +58,28 @@ class Attempt:
             HubError, StoreError: another attempt could not help.
             Exception: whatever else; it may help.
         """
-        request = self.request
-        commit = self._commit = self._commit or _resolve(request)
-        self._places = self._places or _places(request, _listing(request.name, commit))
-        tidy(request.name, self._places)
-        _check_space(request, self._places, commit)
-        count = sum(len(place.files) for place in self._places)
-        where = str(self._places[-1].cache)
-        self._tell(Plan(commit, count, self.progress(), self._total(), where))
         with self._telling():
-            for place in self._places:
+            request = self.request
+            commit = self._commit = self._commit or _resolve(request)
+            places = self._places or _places(request, _listing(request.name, commit))
+            remove_leftovers(request.name, places)
+            _check_space(request, places, commit)
+            count, total = sum(len(place.files) for place in places), total_bytes(places)
+            done = sum(bytes_there(request.name, commit, place) for place in places)
+            self._tell(Plan(commit, count, done, total, str(places[-1].cache)))
+            self._places = places
+            for place in places:
                 _fill(request.name, commit, place)
-        for place in self._places:
-            _point(place.cache, request, commit)
-        self._tell(Bytes(self._total(), self._total()))
-        paths: list[str] = []
-        for place in self._places:
-            folder = snapshot_folder(place.cache, request.name, commit)
-            paths += [str(folder / file.path) for file in place.files]
-        return Done(commit, tuple(paths))
+                _point(place.cache, request, commit)
+        self._tell(Bytes(total, total))
+        folders = [(snapshot_folder(place.cache, request.name, commit), place.files) for place in places]
+        return Done(commit, tuple(str(folder / file.path) for folder, files in folders for file in files))
 
     def progress(self) -> int:
-        """Bytes that are there."""
+        """Bytes that are there, those of unfinished files among them."""
         if self._commit is None:
             return 0
-        return sum(bytes_there(self.request.name, self._commit, place) for place in self._places)
+        return sum(bytes_there(self.request.name, self._commit, place, self._began) for place in self._places)
 
     def has_weights(self) -> bool:
         """Whether all weights are there, whatever the hub might have besides."""
@@ -89,16 +87,23 @@ class Attempt:
         revision = self._commit or asked.revision
         return cached(asked.name, revision, asked.load_format, asked.download_dir)[1] is Presence.COMPLETE
 
-    def _total(self) -> int:
-        return sum(file.size for place in self._places for file in place.files)
-
     @contextmanager
     def _telling(self) -> Iterator[None]:
+        """Tell every `TELL_INTERVAL` how far it is, and once for each silence that nothing comes."""
         over = threading.Event()
 
         def tell() -> None:
+            seen, since, is_said = (0, 0), time.monotonic(), False
             while not over.wait(TELL_INTERVAL):
-                self._tell(Bytes(min(self.progress(), self._total()), self._total()))
+                now, have = time.monotonic(), (self.progress(), CHECKS.received)
+                if have != seen:
+                    seen, since, is_said = have, now, False
+                elif now - since > QUIET_SECONDS and not is_said:
+                    is_said = True
+                    self._tell(Trouble(f"nothing has come from the hub for {now - since:.0f} s: waiting", 0.0))
+                if self._places:
+                    total = total_bytes(self._places)
+                    self._tell(Bytes(min(have[0], total), total))
 
         teller = threading.Thread(target=tell, daemon=True)
         teller.start()
@@ -125,12 +130,12 @@ def _listing(name: str, commit: str) -> list[RepoFile]:
     files = []
     for entry in HfApi().list_repo_tree(name, recursive=True, revision=commit):
         if isinstance(entry, Listed):
-            is_xet = getattr(entry, "xet_hash", None) is not None
             blob = entry.lfs.sha256 if entry.lfs is not None else entry.blob_id
-            files.append(RepoFile(entry.path, entry.size, blob, entry.lfs is not None, is_xet))
+            files.append(RepoFile(entry.path, entry.size, blob))
         if len(files) > MOST_FILES:
             raise HubError(f"{name} has more than {MOST_FILES} files", "is it a model?")
-    return [file for file in files if re.fullmatch(r"[0-9a-f]{40,64}", file.blob)]
+    CHECKS.sizes = {(commit, file.path): file.size for file in files}
+    return files
 
 
 def _places(request: Request, files: Sequence[RepoFile]) -> tuple[Place, ...]:
@@ -174,16 +179,11 @@ def _fill(name: str, commit: str, place: Place) -> None:
     missing = [file for file in place.files if not (folder / file.path).exists()]
     if not missing:
         return
-    large = [file for file in missing if is_resumable(file)]
-    with ThreadPoolExecutor(AT_A_TIME) as pool:
-        for waiting in [pool.submit(get_large, name, commit, place.cache, file) for file in large]:
-            waiting.result()
     snapshot_download(
         name,
         revision=commit,
         cache_dir=place.cache,
         allow_patterns=[glob.escape(file.path) for file in missing],
-        max_workers=AT_A_TIME,
     )
     # Without the hub the client gives what the cache has, and says nothing.
     lacking = [file.path for file in missing if not (folder / file.path).exists()]
@@ -202,3 +202,36 @@ def _point(cache: Path, request: Request, commit: str) -> None:
             return
     with suppress(StoreError):  # a cache that cannot be written, and has all
         write_atomically(path, commit.encode())
+
+
+LEFTOVER_SECONDS = 60.0
+"""A part of a file that nobody has written to for so long, and whose lock is free, belongs to nobody any more."""
+
+PART = re.compile(r"([0-9a-f]{40,64})\.[0-9a-f]{8}\.incomplete")
+"""A file that the client is fetching. After a kill it would never use it again, nor remove it (since 1.x)."""
+
+
+def remove_leftovers(name: str, places: Sequence[Place]) -> None:
+    """Remove the parts of these files that killed downloads left, or each further start would leave more of them."""
+    for place in places:
+        blobs = {file.blob for file in place.files}
+        folder = repository_folder(place.cache, name)
+        locks = place.cache / ".locks" / folder.name
+        for path in (folder / "blobs").glob("*.incomplete"):
+            part = PART.fullmatch(path.name)
+            with suppress(OSError):
+                is_old = time.time() - path.stat().st_mtime > LEFTOVER_SECONDS
+                if part and part[1] in blobs and is_old and _is_free(locks / f"{part[1]}.lock"):
+                    path.unlink()
+
+
+def _is_free(lock: Path) -> bool:
+    """Whether no client holds its lock on a file: it keeps it (flock) for as long as it fetches that."""
+    try:
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +38,10 @@ class Place:
     files: tuple[RepoFile, ...]
 
 
-def bytes_there(name: str, commit: str, place: Place) -> int:
-    """Bytes of a place's files that have come, those of unfinished files among them."""
+def bytes_there(name: str, commit: str, place: Place, since: float = math.inf) -> int:
+    """Bytes of a place's files that have come; of unfinished files those that were written to at or after `since`."""
     folder = snapshot_folder(place.cache, name, commit)
-    blobs = _sizes(repository_folder(place.cache, name) / "blobs")
+    blobs = _sizes(repository_folder(place.cache, name) / "blobs", since)
     parts: dict[str, int] = {}
     for entry, size in blobs.items():
         if entry.endswith(".incomplete"):
@@ -51,12 +53,18 @@ def bytes_there(name: str, commit: str, place: Place) -> int:
     )
 
 
-def _sizes(folder: Path) -> dict[str, int]:
+def _sizes(folder: Path, since: float) -> dict[str, int]:
     """Names and sizes on the disk. hf_xet writes in any order, and what it has not written takes no space."""
     sizes = {}
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             with suppress(OSError):
                 about = entry.stat()
-                sizes[entry.name] = min(about.st_size, about.st_blocks * 512)
+                if about.st_mtime >= since or not entry.name.endswith(".incomplete"):
+                    sizes[entry.name] = min(about.st_size, about.st_blocks * 512)
     return sizes
+
+
+def total_bytes(places: Sequence[Place]) -> int:
+    """Bytes of all files, those that are there too."""
+    return sum(file.size for place in places for file in place.files)

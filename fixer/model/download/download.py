@@ -270,13 +270,16 @@ class Download:
     def fault(self) -> MoefixError:
         """Why there is no download."""
         if self._failed is None:
-            return HubError("the download ended", "start again: what has come is kept")
+            return HubError("the download ended", "start again: the files that came whole are kept")
         kind = StoreError if self._failed.exit_code == StoreError.exit_code else HubError
         return kind(self._failed.message, self._failed.hint)
 
     def close(self) -> None:
-        """End the process now; what has come is kept."""
+        """End the process now; files that came whole are kept."""
         if self._process is not None:
+            self._process.terminate()  # it removes the parts of files that nobody would use again
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(1)
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.kill()
@@ -308,7 +311,7 @@ class Download:
         except Exception as error:  # whatever it is, the main thread must not wait for ever
             self._failed = Failed(
                 f"the download could not be followed: {told(error)}",
-                "start again: what has come is kept",
+                "start again: the files that came whole are kept",
                 HubError.exit_code,
                 lasting=False,
             )
@@ -332,7 +335,7 @@ class Download:
             how = f"signal {-code}" if code < 0 else f"exit code {code}"
             self._failed = Failed(
                 f"the downloading process ended with {how}",
-                "start again: what has come is kept; is the machine short of memory?",
+                "start again: the files that came whole are kept; is the machine short of memory?",
                 HubError.exit_code,
                 lasting=False,
             )
@@ -349,7 +352,8 @@ class Download:
             case Bytes():
                 self._tell(message.done, message.total)
             case Trouble():
-                self._say.line(f"download: {message.what}; trying again in {message.seconds:.0f} s")
+                again = f"; trying again in {message.seconds:.0f} s" if message.seconds else ""
+                self._say.line(f"download: {message.what}{again}")
             case Done():
                 self._say.line(f"the download is complete, commit {message.commit}")
                 assert isinstance(self._plan, Request)

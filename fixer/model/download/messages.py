@@ -51,7 +51,7 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Trouble:
-    """What went wrong, and after how many seconds it is tried again."""
+    """What went wrong, and after how many seconds it is tried again; 0 where nothing but waiting helps."""
 
     what: str
     seconds: float

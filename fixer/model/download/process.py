@@ -1,9 +1,8 @@
 """A repository's download, in a process of its own, so that it can be ended at any moment and its memory goes with it.
 
-What happens is told on standard output, one message a line. huggingface_hub does the work; it reads HF_ENDPOINT,
-HF_TOKEN, HF_HOME and its other variables itself. Releases since 1.x throw away a large file's beginning when the
-connection breaks or the process ends; so large files that come over plain HTTP are fetched with the client's own
-function for that, but into a file that stays (`blobs/<sha256>.incomplete`, as earlier releases named it).
+What happens is written to standard output, one message a line. huggingface_hub's `snapshot_download` does the work; it
+reads HF_ENDPOINT, HF_TOKEN, HF_HOME and its other variables itself. Here is decided what it fetches, whether the disk
+has room for it, and what its exceptions mean. A file that came whole is kept; the client begins one that did not anew.
 """
 
 from __future__ import annotations
@@ -16,15 +15,23 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
 
 from fixer.base.errors import HubError, MoefixError, StoreError
-from fixer.model.download.attempt import CHECK, ELSEWHERE, Attempt
-from fixer.model.download.large_files import KEPT_HINT
+from fixer.model.download.attempt import CHECK, ELSEWHERE, PART, Attempt
 from fixer.model.download.messages import Done, Failed, Message, Request, Tell, Trouble, to_line
 from fixer.model.hub import UnreachableError, hub_cache, refusal
+from fixer.model.hub_answers import BusyError, check_answers
+
+KEPT_HINT = "start again: the files that came whole are kept"
 
 PAUSES = (2.0, 5.0, 15.0)
-"""Seconds before each further attempt; one that brought something starts the count anew."""
+"""Seconds before each further attempt; one that brought a whole file starts the count anew."""
+
+LONGEST_PAUSE = 3600.0
+"""Seconds that a hub may ask to wait."""
 
 
 # --- the process -----------------------------------------------------------------------------------------------------
@@ -36,6 +43,7 @@ def main() -> None:
 
     request, parent = Request(**json.loads(sys.argv[1])), int(sys.argv[2])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end)
     die_with_parent()
     if os.getppid() != parent:
         os._exit(1)
@@ -57,12 +65,23 @@ def main() -> None:
         os._exit(0)  # threads of the transfer may still be winding up
 
 
+def _end(number: int, frame: FrameType | None) -> None:
+    """The signal handler: end at once, and remove the parts of files that this process has open."""
+    for descriptor in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+            if PART.fullmatch(path.name):
+                path.unlink()
+    os._exit(128 + number)
+
+
 def fetch(request: Request, tell: Tell) -> Done | Failed:
     """Fetch what the request names, trying again where that may help.
 
     Returns:
         Whether all is there. Never raises what can be foreseen.
     """
+    check_answers()
     attempt = Attempt(request, tell)
     failures = 0
     while True:
@@ -76,15 +95,13 @@ def fetch(request: Request, tell: Tell) -> Done | Failed:
         if attempt.has_weights():
             return Failed(fault.error.message, fault.error.hint, HubError.exit_code, lasting=False)
         failures = 0 if attempt.progress() > before else failures + 1
-        if failures > len(PAUSES):
-            return Failed(fault.error.message, _hint(fault, attempt), HubError.exit_code, lasting=False)
-        pause = PAUSES[max(0, failures - 1)]
+        asked = (isinstance(fault, BusyError) and fault.seconds) or 0.0
+        if failures > len(PAUSES) or asked > LONGEST_PAUSE:
+            hint = f"{fault.error.hint}; {KEPT_HINT}" if attempt.progress() else fault.error.hint
+            return Failed(fault.error.message, hint, HubError.exit_code, lasting=False)
+        pause = asked or PAUSES[max(0, failures - 1)]
         tell(Trouble(fault.error.message, pause))
         time.sleep(pause)
-
-
-def _hint(fault: UnreachableError, attempt: Attempt) -> str:
-    return f"{fault.error.hint}; {KEPT_HINT}" if attempt.progress() else fault.error.hint
 
 
 def fault_of(request: Request, error: BaseException, *, moved: bool) -> MoefixError | UnreachableError:

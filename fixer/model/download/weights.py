@@ -7,6 +7,7 @@ configs/load_config.py:119-127 (what is passed over).
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -56,15 +57,11 @@ class RepoFile:
         path: its name there, with folders.
         size: in bytes.
         blob: its name in the cache's `blobs`: the sha256 of a large file, git's own hash of a small one.
-        is_large: whether `blob` is the content's sha256.
-        is_xet: whether the hub keeps it in chunks (hf_xet fetches those in any order).
     """
 
     path: str
     size: int
     blob: str
-    is_large: bool = False
-    is_xet: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,6 +101,16 @@ def choose(
     if not moves:  # an index whose files are not there makes SGLang fetch them (weight_utils.py:374)
         small = [file for file in small if _is_index_of(file.path, pattern) or not file.path.endswith(_INDEX)]
     return Choice(tuple(weights), tuple(small))
+
+
+def files_of(folder: Path) -> list[RepoFile]:
+    """The files of a model's folder, as a repository would have them: no hidden ones. Links to files count."""
+    found = []
+    for here, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        paths = [Path(here, name) for name in sorted(names) if not name.startswith(".")]
+        found += [RepoFile(str(p.relative_to(folder)), p.stat().st_size, "") for p in paths if p.is_file()]
+    return found
 
 
 def is_safe(path: str) -> bool:

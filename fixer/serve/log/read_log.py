@@ -1,9 +1,9 @@
 """Reads along in SGLang's log: the verdict about its MoE files, and errors explained.
 
 A process of its own beside the relay (`fixer.serve.log.relay`), which offers it what went out and drops what it has
-no time for. Whatever goes wrong here ends this process and nothing else: an exception is handed to the relay, a step of more than
-`STEP_SECONDS` is ended by the kernel (SIGALRM), and memory has a limit. It runs at a low priority, so that a flood of
-lines is read with the time that SGLang and the relay leave.
+no time for. Whatever goes wrong here ends this process and nothing else: an exception is handed to the relay, a step
+of more than `STEP_SECONDS` is ended by the kernel (SIGALRM), and memory has a limit. It runs at a low priority, so that
+a flood of lines is read with the time that SGLang and the relay leave.
 
 Only lines that begin with SGLang's own prefix count for the verdict (`sglang_log.own_message`). What remains possible:
 who gets raw line ends into SGLang's log, by a parser that logs the model's output, and writes the prefix too, can have

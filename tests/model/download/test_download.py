@@ -25,9 +25,9 @@ from fixer.model.hub import repository_folder, snapshot_folder
 from fixer.sglang.flags import ServerFlags, parse_flags
 from tests.support import fakes
 from tests.support import hub as hub_
+from tests.support.downloads import FILES, MIB, SHARDS, TOKEN, TOTAL, WANTED
 from tests.support.hub import COMMIT, Site
 from tests.support.serving import Machine, Result, installed
-from tests.support.weight_files import FILES, MIB, SHARDS, TOKEN, TOTAL, WANTED
 
 NAME = ("--model", "owner/name")
 

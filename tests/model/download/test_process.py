@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -19,27 +20,23 @@ import pytest
 from fixer.model.download.messages import Bytes, Done, Failed, Plan, Request, Trouble, from_line, to_line
 from fixer.model.hub import commit_in_cache, repository_folder, snapshot_folder
 from tests.support import fakes
-from tests.support.hub import COMMIT, Site, noise, serve
-from tests.support.weight_files import FILES, MIB, SHARDS, TOKEN, TOTAL, WANTED
-
-ROOT = Path(__file__).resolve().parents[3]
-REQUEST = Request("owner/name", None, COMMIT, "auto")
-
-# Waiting is for people and for hubs under load; files here are smaller than the client's usual 10 MB at a time.
-PROGRAM = """
-import sys, time, types
-import huggingface_hub.utils._http as http
-import huggingface_hub.file_download as file_download
-from huggingface_hub import constants
-import fixer.model.download.process
-constants.DOWNLOAD_CHUNK_SIZE = 1 << 20
-quick = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
-http.time = file_download.time = quick
-fixer.model.download.process.PAUSES = (0.1, 0.1)
-fixer.model.download.large_files.QUIET_SECONDS = 1.0
-fixer.model.download.attempt.TELL_INTERVAL = 0.05
-fixer.model.download.process.main()
-"""
+from tests.support.downloads import (
+    FILES,
+    MIB,
+    PROGRAM,
+    REQUEST,
+    ROOT,
+    SHARDS,
+    TOKEN,
+    TOTAL,
+    WANTED,
+    fetch,
+    is_whole,
+    parts,
+    snapshot,
+    start,
+)
+from tests.support.hub import COMMIT, Site, serve
 
 
 @pytest.fixture
@@ -51,42 +48,6 @@ def site() -> Site:
 def hub(site: Site) -> Iterator[str]:
     with serve(site) as endpoint:
         yield endpoint
-
-
-def start(endpoint: str, home: Path, request: Request = REQUEST, **environment: str) -> subprocess.Popen[str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    ours = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "FETCH": str(home)}
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, json.dumps(asdict(request)), str(os.getpid())],
-        env={**kept, **ours, "PYTHONPATH": str(ROOT), **environment},
-        cwd=home.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def fetch(endpoint: str, home: Path, request: Request = REQUEST, **environment: str) -> list[object]:
-    """All messages; nothing else is on standard output, and the token nowhere."""
-    out, err = start(endpoint, home, request, **environment).communicate(timeout=120)
-    assert TOKEN not in out + err
-    messages = [from_line(line) for line in out.splitlines()]
-    assert None not in messages, out
-    return messages
-
-
-def snapshot(home: Path, commit: str = COMMIT) -> Path:
-    return snapshot_folder(home / "hub", "owner/name", commit)
-
-
-def is_whole(home: Path) -> bool:
-    folder = snapshot(home)
-    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    return there == WANTED and all((folder / name).read_bytes() == FILES[name] for name in WANTED)
-
-
-def parts(home: Path) -> list[Path]:
-    return sorted((repository_folder(home / "hub", "owner/name") / "blobs").glob("*.incomplete"))
 
 
 def test_messages_there_and_back() -> None:
@@ -180,91 +141,77 @@ def test_a_hub_that_never_gets_further_is_given_up(site: Site, hub: str, tmp_pat
     last = messages[-1]
     assert isinstance(last, Failed)
     assert (last.exit_code, last.lasting) == (6, False)
-    assert "what has come is kept" in last.hint
-    assert len(parts(tmp_path / "hf")) == 1
+    assert "the files that came whole are kept" in last.hint
+    assert parts(tmp_path / "hf") == []
     site.cuts = {}
-    before = site.sent[SHARDS[0]]
+    before = site.sent.copy()
     assert isinstance(fetch(hub, tmp_path / "hf")[-1], Done)
     assert is_whole(tmp_path / "hf")
-    assert site.sent[SHARDS[0]] - before < 8 * MIB
+    assert site.sent - before == {SHARDS[0]: len(FILES[SHARDS[0]])}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_download_goes_on_where_it_was(site: Site, hub: str, tmp_path: Path, number: int) -> None:
-    site.rate = 4 * MIB
+def test_the_next_start_fetches_only_what_did_not_come_whole(site: Site, hub: str, tmp_path: Path, number: int) -> None:
+    site.rates = {SHARDS[0]: MIB}
     process = start(hub, tmp_path / "hf")
-    assert fakes.eventually(lambda: sum(site.sent[name] for name in SHARDS) > 6 * MIB, 60)
+    assert fakes.eventually((snapshot(tmp_path / "hf") / SHARDS[1]).exists, 60)
+    assert fakes.eventually(lambda: len(parts(tmp_path / "hf")) == 1, 60)
     process.send_signal(number)
     process.communicate(timeout=30)
-    kept = sum(path.stat().st_size for path in parts(tmp_path / "hf"))
-    assert kept > 2 * MIB
-    sent = sum(site.sent[name] for name in SHARDS)
-    site.rate = 0
+    assert process.returncode == (143 if number == signal.SIGTERM else -9)
+    assert len(parts(tmp_path / "hf")) == (number == signal.SIGKILL)
+    site.rates = {}
+    time.sleep(1.1)  # LEFTOVER_SECONDS
+    before = site.sent.copy()
     messages = fetch(hub, tmp_path / "hf")
     assert isinstance(messages[0], Plan)
-    assert messages[0].done >= kept
+    assert messages[0].done == TOTAL - len(FILES[SHARDS[0]])
     assert is_whole(tmp_path / "hf")
-    assert sum(site.sent[name] for name in SHARDS) - sent <= TOTAL - kept + MIB
+    assert site.sent - before == {SHARDS[0]: len(FILES[SHARDS[0]])}
     assert parts(tmp_path / "hf") == []
 
 
-def test_killed_again_and_again_it_comes_to_its_end(site: Site, hub: str, tmp_path: Path) -> None:
-    chance, done = random.Random(7), 0
+def test_killed_again_and_again_it_comes_to_its_end_and_leaves_no_parts(site: Site, hub: str, tmp_path: Path) -> None:
+    chance = random.Random(7)
     site.rate = 3 * MIB
-    for _ in range(10):
+    for _ in range(6):
         process = start(hub, tmp_path / "hf")
         with suppress(subprocess.TimeoutExpired):
-            process.wait(chance.uniform(0.1, 2.5))
+            process.wait(chance.uniform(0.1, 3))
         process.send_signal(chance.choice([signal.SIGTERM, signal.SIGKILL]))
         out, err = process.communicate(timeout=30)
         assert "Traceback" not in err
         said = [message.done for message in map(from_line, out.splitlines()) if isinstance(message, (Plan, Bytes))]
         assert said == sorted(said)
-        assert not said or said[0] >= done
-        done = said[-1] if said else done
+    assert len(parts(tmp_path / "hf")) <= 4  # of the last two starts: LEFTOVER_SECONDS is 1 here
     site.rate = 0
+    time.sleep(1.1)
     assert isinstance(fetch(hub, tmp_path / "hf")[-1], Done)
     assert is_whole(tmp_path / "hf")
     assert parts(tmp_path / "hf") == []
 
 
-def test_a_part_that_is_not_the_files_beginning_is_not_kept(site: Site, hub: str, tmp_path: Path) -> None:
-    blobs = repository_folder(tmp_path / "hf" / "hub", "owner/name") / "blobs"
+def test_only_parts_of_these_files_that_nobody_writes_are_removed(site: Site, hub: str, tmp_path: Path) -> None:
+    folder = repository_folder(tmp_path / "hf" / "hub", "owner/name")
+    blobs, locks = folder / "blobs", tmp_path / "hf" / "hub" / ".locks" / folder.name
     blobs.mkdir(parents=True)
-    (blobs / f"{site.hash(SHARDS[0])}.incomplete").write_bytes(noise(3 * MIB, 99))
-    (blobs / f"{site.hash(SHARDS[1])}.incomplete").write_bytes(bytes(len(FILES[SHARDS[1]]) + 5))
-    messages = fetch(hub, tmp_path / "hf")
-    assert any(isinstance(message, Trouble) and "not what the hub has" in message.what for message in messages)
-    assert isinstance(messages[-1], Done)
-    assert is_whole(tmp_path / "hf")
-
-
-def test_what_the_client_left_is_used_or_removed(site: Site, hub: str, tmp_path: Path) -> None:
-    blobs = repository_folder(tmp_path / "hf" / "hub", "owner/name") / "blobs"
-    blobs.mkdir(parents=True)
+    locks.mkdir(parents=True)
     first, second = site.hash(SHARDS[0]), site.hash(SHARDS[1])
-    (blobs / f"{first}.01234567.incomplete").write_bytes(FILES[SHARDS[0]][: 5 * MIB])
-    (blobs / f"{first}.89abcdef.incomplete").write_bytes(FILES[SHARDS[0]][:MIB])
-    (blobs / f"{second}.01234567.incomplete").write_bytes(b"")
-    (blobs / "0123.01234567.incomplete").write_bytes(b"another model's")
-    assert isinstance(fetch(hub, tmp_path / "hf")[-1], Done)
-    assert is_whole(tmp_path / "hf")
-    assert site.sent[SHARDS[0]] == 7 * MIB
-    assert [path.name for path in parts(tmp_path / "hf")] == ["0123.01234567.incomplete"]
-
-
-def test_a_part_that_still_grows_is_left_alone(site: Site, hub: str, tmp_path: Path) -> None:
-    blobs = repository_folder(tmp_path / "hf" / "hub", "owner/name") / "blobs"
-    blobs.mkdir(parents=True)
-    growing = blobs / f"{site.hash(SHARDS[0])}.01234567.incomplete"
-    growing.write_bytes(b"x")
-    process = start(hub, tmp_path / "hf")
-    while process.poll() is None:
-        with growing.open("ab") as file:
-            file.write(b"x")
-        time.sleep(0.05)
-    process.communicate()
-    assert growing.exists()
+    old = {f"{first}.01234567.incomplete", f"{first}.89abcdef.incomplete"}
+    kept = {f"{second}.01234567.incomplete", "0123.01234567.incomplete", f"{'e' * 64}.01234567.incomplete"}
+    for name in old | kept:
+        (blobs / name).write_bytes(b"x")
+        os.utime(blobs / name, (1, 1))
+    young = f"{first}.fedcba98.incomplete"
+    with (locks / f"{second}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = start(hub, tmp_path / "hf")
+        (blobs / young).write_bytes(b"x")
+        os.utime(blobs / young, (time.time() + 60, time.time() + 60))
+        assert fakes.eventually((snapshot(tmp_path / "hf") / SHARDS[0]).exists, 60)
+    out, _ = process.communicate(timeout=60)
+    assert isinstance(from_line(out.splitlines()[-1]), Done), out
+    assert {path.name for path in parts(tmp_path / "hf")} == {*kept, young}
     assert is_whole(tmp_path / "hf")
 
 
