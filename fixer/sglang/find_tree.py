@@ -18,8 +18,8 @@ from fixer.base.errors import SGLangError
 from fixer.base.text import harmless
 from fixer.sglang.flag_source import DECLARING
 from fixer.sglang.lookup import LOOKUP_SOURCES
-from fixer.sglang.releases import PINNED, RELEASES, Release
-from fixer.sglang.tree import CALLERS, CONFIG_FOLDERS, KERNEL_SOURCES, Tree, nearest_tree
+from fixer.sglang.releases import PINNED, RELEASES, Release, nearest
+from fixer.sglang.tree import CALLERS, CONFIG_FOLDERS, KERNEL_SOURCES, Tree
 from fixer.sglang.triton_version import triton_of
 
 VERSION_SOURCES = ("_version.py", "version.py")
@@ -152,3 +152,15 @@ def _download(release: Release, scratch: Path) -> Path:
     if digest != release.wheel_sha256:
         raise SGLangError(f"The wheel of SGLang {release.version} is not the one that moefix knows.")
     return wheels[0]
+
+
+def nearest_tree(release: str, cache: Path, fetch: bool) -> Tree:
+    """The tree of the known release that is nearest to another one, from the cache or from PyPI.
+
+    Raises:
+        SGLangError: it is not in the cache, and nothing may be fetched, or fetching failed.
+    """
+    known = nearest(release)
+    if not fetch and not known.is_kept(cache):
+        raise SGLangError(f"SGLang {known.version} is not in the cache")
+    return fetched_tree(known.version, cache)

@@ -20,7 +20,6 @@ from typing import Any
 from fixer.base.errors import SGLangError
 from fixer.machine.cards import Card
 from fixer.sglang.cut import UnknownFormError
-from fixer.sglang.find_tree import fetched_tree
 from fixer.sglang.lookup import (
     CALLER,
     CONFIG_DIR_VARIABLE,
@@ -33,7 +32,7 @@ from fixer.sglang.lookup import (
     World,
     lookup_source,
 )
-from fixer.sglang.releases import nearest, placed
+from fixer.sglang.releases import placed
 from fixer.sglang.tuning_files import read_rows
 from fixer.workload import NumberFormat, Projection, Tile, Workload
 
@@ -353,15 +352,3 @@ def check_rows(path: Path | None) -> None:
         raise SGLangError(
             f"SGLang would read {path} and fail: {error}.", "Move that file away, or tune again with --fresh."
         ) from error
-
-
-def nearest_tree(release: str, cache: Path, fetch: bool) -> Tree:
-    """The tree of the known release that is nearest to another one, from the cache or from PyPI.
-
-    Raises:
-        SGLangError: it is not in the cache, and nothing may be fetched, or fetching failed.
-    """
-    known = nearest(release)
-    if not fetch and not known.is_kept(cache):
-        raise SGLangError(f"SGLang {known.version} is not in the cache")
-    return fetched_tree(known.version, cache)
