@@ -27,7 +27,7 @@ from fixer.base.errors import MoefixError, StoreError
 from fixer.base.files import read_bounded, safe_name, utc_now, write_atomically
 from fixer.base.locks import hold
 from fixer.base.status import Phase, Share, Status, lock_path, state_path
-from fixer.base.status_reading import OVER, current_states
+from fixer.base.status_reading import OVER, current_states, remove
 
 if TYPE_CHECKING:
     from fixer.base.progress import Progress
@@ -99,14 +99,6 @@ def new_board(home: Path, now: Callable[[], float] = time.monotonic) -> Board:
             remove(home, old)
     board.update()
     return board
-
-
-def remove(home: Path, status: Status) -> None:
-    """Take away a run's state and its lock."""
-    path = state_path(home, status.run)
-    for file in (path, lock_path(path)):
-        with contextlib.suppress(OSError):
-            file.unlink()
 
 
 @contextlib.contextmanager

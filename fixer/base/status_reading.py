@@ -11,7 +11,6 @@ from pathlib import Path
 from fixer.base.files import read_bounded
 from fixer.base.locks import is_held
 from fixer.base.status import Phase, Share, Status, lock_path, state_path
-from fixer.base.status_board import remove
 
 
 def states(home: Path) -> tuple[Status, ...]:
@@ -203,3 +202,11 @@ def may_serve_here(status: Status) -> bool:
         return environment(Path(f"/proc/{status.pid}")).get(RUN_VARIABLE, "").startswith(f"{status.run} ")
     except OSError:
         return True
+
+
+def remove(home: Path, status: Status) -> None:
+    """Take away a run's state and its lock."""
+    path = state_path(home, status.run)
+    for file in (path, lock_path(path)):
+        with contextlib.suppress(OSError):
+            file.unlink()

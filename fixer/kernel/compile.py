@@ -19,14 +19,11 @@ from typing import Any
 from fixer.base.errors import CompileError, SGLangError
 from fixer.kernel.arguments import LaunchContext, Product, Role, kernel_name, launch_arguments, operands
 from fixer.kernel.arguments import padded_tokens as sorted_length_of
-from fixer.kernel.source import KernelSource, load_kernels
+from fixer.kernel.source import SWAP_RULE, KernelSource, load_kernels
 from fixer.machine.cards import Card
 from fixer.sglang.cut import code_of, namespace
 from fixer.sglang.stand_ins import card_stand_ins
 from fixer.workload import NumberFormat, Projection, Tile, Workload
-
-SWAP_RULE = "should_enable_swap_ab"
-"""SGLang's function of BLOCK_SIZE_M and BLOCK_SIZE_N that says whether an FP8 launch swaps its operands (0.5.8)."""
 
 
 class CompileOutcome(Enum):

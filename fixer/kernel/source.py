@@ -12,11 +12,13 @@ from typing import Any
 
 from fixer.base.errors import CompileError, SGLangError
 from fixer.base.files import write_atomically
-from fixer.kernel.compile import SWAP_RULE
 from fixer.sglang.cut import Source, UnknownFormError, cut_text
 from fixer.sglang.stand_ins import CARD_NAMES
 
 KERNELS = ("fused_moe_kernel", "fused_moe_kernel_gptq_awq")
+
+SWAP_RULE = "should_enable_swap_ab"
+"""SGLang's function of BLOCK_SIZE_M and BLOCK_SIZE_N that says whether an FP8 launch swaps its operands (0.5.8)."""
 
 
 @dataclass(frozen=True)

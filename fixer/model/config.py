@@ -20,16 +20,8 @@ from typing import Any
 from fixer.base.errors import HubError, ModelError, UsageError
 from fixer.model.catalogue import CatalogueEntry, catalogue_by_name, catalogued
 from fixer.model.config_file import read_json
-from fixer.model.hub import (
-    Hub,
-    NoSuchFileError,
-    UnreachableError,
-    before,
-    fetch,
-    is_hub_id,
-    may_be_folder,
-    uses_modelscope,
-)
+from fixer.model.fetch_file import Hub, before, fetch
+from fixer.model.hub import NoSuchFileError, UnreachableError, is_hub_id, may_be_folder, uses_modelscope
 from fixer.sglang.flags import ServerFlags
 
 _MAX_NAME = 4096

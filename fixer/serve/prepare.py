@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fixer.artefacts.artefact import Artefact
-from fixer.artefacts.install import Installation, Pair
+from fixer.artefacts.install import Installation, Pair, install_pair
 from fixer.base.data_folder import scratch_in
 from fixer.base.voice import Voice
 from fixer.serve.find_or_tune import artefact_for, foreseen
 from fixer.serve.options import MoefixOptions
-from fixer.serve.serve import put
 from fixer.serve.situation import TUNABLE, Situation
 from fixer.sglang.own_choices import own_choices
 
 if TYPE_CHECKING:
     from fixer.kernel.fit import CompileFunction
     from fixer.plan.plan import Plan
+    from fixer.sglang.tree import Tree
 
 
 def prepare(situation: Situation, options: MoefixOptions, home: Path, say: Voice) -> list[Installation]:
@@ -121,3 +121,12 @@ def fitting_pair(plan: Plan) -> Pair | None:
         {tokens: pair.gate_up for tokens, pair in proposed.items()},
         {tokens: pair.down for tokens, pair in proposed.items()},
     )
+
+
+def put(pair: Pair, tree: Tree, home: Path, say: Voice) -> Installation:
+    """Put files where a tree looks, and say what became of those that were there."""
+    overlay = tree.reads_config_dir_variable
+    installation = install_pair(tree.triton_folder, pair, home, tree.version, overlay=overlay)
+    for note in installation.notes:
+        say.line(note)
+    return installation

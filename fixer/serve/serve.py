@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NoReturn
 
 from fixer.artefacts.artefact import Artefact
 from fixer.artefacts.baked import with_baked_command
-from fixer.artefacts.install import Installation, Pair, install_pair
 from fixer.base.data_folder import data_home, passing_folder
 from fixer.base.errors import StoreError
 from fixer.base.status import Phase
@@ -24,7 +23,6 @@ from fixer.serve.log.expect import relay_settings, server_url
 from fixer.serve.options import MoefixOptions, split_flags
 from fixer.serve.prepare import install, prepare
 from fixer.serve.situation import TUNABLE, look_around
-from fixer.sglang.tree import Tree
 
 if TYPE_CHECKING:
     pass
@@ -83,15 +81,6 @@ def home_or_passing(options: MoefixOptions, say: Voice) -> Path:
             return passing_folder()
         except OSError as none:
             raise fault from none
-
-
-def put(pair: Pair, tree: Tree, home: Path, say: Voice) -> Installation:
-    """Put files where a tree looks, and say what became of those that were there."""
-    overlay = tree.reads_config_dir_variable
-    installation = install_pair(tree.triton_folder, pair, home, tree.version, overlay=overlay)
-    for note in installation.notes:
-        say.line(note)
-    return installation
 
 
 def is_answered(kept: Artefact, rows: Sequence[int]) -> bool:

@@ -14,7 +14,7 @@ from fixer.base.errors import HubError, ModelError, MoefixError, UsageError
 from fixer.model.catalogue import catalogue
 from fixer.model.config import Source, load_model, model_from_config
 from fixer.model.config_file import read_json
-from fixer.model.hub import Hub
+from fixer.model.fetch_file import Hub
 from fixer.model.rules.families import expert_layer
 from fixer.sglang.flags import ServerFlags, parse_flags
 from tests.support import fakes

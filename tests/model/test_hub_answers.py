@@ -15,7 +15,8 @@ import pytest
 from fixer.base.errors import HubError
 from fixer.model.config import load_model
 from fixer.model.download.messages import Bytes, Done, Failed, Plan, Trouble
-from fixer.model.hub import Hub, UnreachableError
+from fixer.model.fetch_file import Hub
+from fixer.model.hub import UnreachableError
 from fixer.model.hub_answers import MOST_CONFIG_BYTES, MOST_FILE_BYTES, Answer, BusyError, Checks, check_listing
 from fixer.sglang.flags import parse_flags
 from tests.support.downloads import FILES, MIB, REQUEST, SHARDS, TOTAL, fetch, is_whole, parts, snapshot

@@ -18,7 +18,7 @@ from fixer.kernel.space import least_bytes, makes_sense
 from fixer.machine.cards import Card, find_card, with_shared_memory_limit
 from fixer.model.config import model_from_config
 from fixer.model.rules.case import Outcome
-from fixer.plan.make_plan import DETERMINISTIC_TILE, TilePair, make_plan
+from fixer.plan.make_plan import make_plan
 from fixer.plan.plan import Plan, Source, Verdict
 from fixer.plan.proposals import Offers, choose, offers
 from fixer.plan.write import sidecar_name, write_plan
@@ -26,7 +26,7 @@ from fixer.sglang.flags import parse_flags
 from fixer.sglang.own_choices import own_choices
 from fixer.sglang.tree import Found, Tree
 from fixer.sglang.tuning_files import read_rows
-from fixer.workload import BOTH, Tile
+from fixer.workload import BOTH, Tile, TilePair
 
 RELEASES = ["0.4.9", "0.5.17", "0.5.23"]
 BLOG_POST = "q3_30b_fp8dyn_tp1_l40s"
@@ -195,7 +195,7 @@ def test_deterministic_inference(cases: Any, trees: dict[str, Tree], tmp_path: P
     assert plan.decision.outcome is Outcome.NO_LOOKUP
     assert plan.lookup is None
     assert {row.source for row in plan.rows} == {Source.DETERMINISTIC}
-    assert {row.gate_up.tile for row in plan.rows} == {DETERMINISTIC_TILE}
+    assert {row.gate_up.tile for row in plan.rows} == {Tile(64, 64, 32, 8)}
     assert {row.proposed for row in plan.rows} == {None}
     assert plan.verdict is Verdict.FITS
     with pytest.raises(UsageError, match="no file to write"):

@@ -11,10 +11,10 @@ from fixer.base.errors import SGLangError
 from fixer.machine.cards import Card
 from fixer.sglang import find_tree as find_tree_module
 from fixer.sglang.find_tree import fetched_tree, find_tree, tree_at
-from fixer.sglang.lookup import CONFIG_DIR_VARIABLE
+from fixer.sglang.lookup import BEFORE_MOEFIX, CONFIG_DIR_VARIABLE
 from fixer.sglang.own_choices import own_choices
 from fixer.sglang.releases import PINNED, RELEASES
-from fixer.sglang.tree import BEFORE_MOEFIX, Found, Tree
+from fixer.sglang.tree import Found, Tree
 from fixer.sglang.tuning_files import nearest_row, read_rows
 from fixer.workload import NumberFormat, Projection, Tile, Workload
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from fixer.model.rules.family import NONE
-from fixer.model.rules.quantization import unknown_to
 from fixer.model.rules.scheme import Question
 from fixer.model.rules.values import read_integer, read_mapping, read_text
 
@@ -103,3 +102,10 @@ def wna16_fits(found: str, config: Mapping[str, Any]) -> bool:
     if found == "gptq":
         return not config.get("desc_act") and config.get("bits") in (4, 8)
     return found == "awq" and read_integer(config, "bits", 4) == 4
+
+
+def unknown_to(method: str, question: Question) -> str:
+    """Why SGLang refuses a method that its tree does not have, "" where it has it or the tree cannot be read."""
+    if not question.methods or method in (NONE, *question.methods):
+        return ""
+    return f"SGLang stops: {question.release} has no quantisation {method}; use a release or a checkpoint that does"

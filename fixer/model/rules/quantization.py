@@ -48,13 +48,6 @@ def resolve(question: Question) -> Scheme:
 # --- which method -----------------------------------------------------------------------------------------------
 
 
-def unknown_to(method: str, question: Question) -> str:
-    """Why SGLang refuses a method that its tree does not have, "" where it has it or the tree cannot be read."""
-    if not question.methods or method in (NONE, *question.methods):
-        return ""
-    return f"SGLang stops: {question.release} has no quantisation {method}; use a release or a checkpoint that does"
-
-
 # --- lists of unquantised modules -------------------------------------------------------------------------------
 
 

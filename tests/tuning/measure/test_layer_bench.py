@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 from dataclasses import replace
 
-import fake_fused_moe as fake
 import pytest
 import torch
 
@@ -14,6 +13,7 @@ from fixer.tuning.duel import DuelRequest, PairError, Via
 from fixer.tuning.measure import layer_bench
 from fixer.tuning.measure.layer_bench import LayerBench, LayerSetup
 from fixer.workload import Tile, TilePair, Workload
+from tests.support import fake_fused_moe as fake
 
 SMALL = Workload(6, 16, 32, 2)
 
