@@ -9,7 +9,6 @@ repaired   two starts. A record says that SGLang asked for a file of another num
            named pair: SGLang asks for another file, which is kept. The next start repairs it: both picked up.
 never      --never-flags (deterministic inference): SGLang looks nothing up, and the verdict says what runs.
 dense      --dense FOLDER: a model without experts.
-overflow   a kept tuning whose tiles need more shared memory than the card has: nothing of it is installed. No server.
 asked      another data folder, --moefix-ask: SGLang is asked first; then both files are picked up.
 
 Needs `taken` once, for the tuning that the later ones start from. A server is killed as soon as its verdict is there.
@@ -39,7 +38,6 @@ sys.path.insert(0, str(ROOT))
 
 from fixer.artefacts.artefact import Artefact  # noqa: E402
 from fixer.artefacts.environment import environment_of  # noqa: E402
-from fixer.artefacts.install import read_pair  # noqa: E402
 from fixer.artefacts.shelf import find_artefact, save_artefact  # noqa: E402
 from fixer.base.files import utc_now  # noqa: E402
 from fixer.serve.asked import Asked, find, keep  # noqa: E402
@@ -47,13 +45,11 @@ from fixer.serve.asked_question import question_of  # noqa: E402
 from fixer.serve.options import split_flags  # noqa: E402
 from fixer.serve.situation import Situation, look_around  # noqa: E402
 from fixer.sglang.flags import parse_flags  # noqa: E402
-from fixer.sglang.tuning_files import parse_table  # noqa: E402
-from fixer.workload import NumberFormat, Tile  # noqa: E402
+from fixer.workload import NumberFormat  # noqa: E402
 
 VERDICT = re.compile(
     r"^moefix: (SGLang (?:picked up|asked for another|never looked|looked for|runs without|ended).*)", re.M
 )
-HUGE = Tile(256, 256, 256, 1, 8, 8)
 """Needs a megabyte of shared memory."""
 
 ScenarioResult = tuple[list[dict[str, Any]], list[str]]
@@ -144,7 +140,7 @@ class Prover:
 
     def repaired(self) -> ScenarioResult:
         wrong, right, here = self.wrong(), self.artefact(), self.situation()
-        question = question_of(here, 0)
+        question = question_of(here, here.first)
         save_artefact(self.home, wrong)
         keep(self.home, Asked(question, wrong.gate_up_file, wrong.down_file, "log", utc_now()))
         self.forget_pair()
@@ -168,23 +164,6 @@ class Prover:
             return [], []
         result = self.start("dense", ("--model", self.options.dense, *self.flags))
         return [result], _unless("looked for no MoE file, as expected" in result["verdict"], "dense: no such verdict")
-
-    def overflow(self) -> ScenarioResult:
-        """In a data folder of its own, since the kept tuning there is a false one."""
-        home, artefact, here = self.options.out / "overflow-home", self.artefact(), self.situation()
-        shutil.rmtree(home, ignore_errors=True)
-        home.mkdir()
-        save_artefact(home, replace(artefact, rows=tuple(replace(r, gate_up=HUGE, down=HUGE) for r in artefact.rows)))
-        result = self.start("overflow", (*self.words, "--moefix-skip-tune", "--moefix-dry-run"), home)
-        pair = read_pair(here.tree.triton_folder, artefact.gate_up_file, artefact.down_file)
-        tables = [table for table in (pair.gate_up, pair.down) if table]
-        tables += [parse_table(path.read_bytes()) for path in home.glob("overlay/*/configs/*/E=*.json")]
-        installed = any(HUGE in table.values() for table in tables)
-        said = any("shared memory" in line or "fit" in line for line in result["moefix_lines"])
-        return [result], [
-            *_unless(not installed, "overflow: the tiles that do not fit were installed"),
-            *_unless(said, "overflow: nothing was said of it"),
-        ]
 
     def asked(self) -> ScenarioResult:
         home = self.options.out / "asked-home"
@@ -233,7 +212,7 @@ def main() -> int:
     parser.add_argument("--home", type=lambda text: Path(text).absolute(), default=Path("/tmp/moefix-verdicts"))
     parser.add_argument("--port", type=int, default=30000)
     parser.add_argument("--wait", type=float, default=400, help="seconds for one start to come to its verdict")
-    parser.add_argument("--only", default="taken,repaired,never,dense,overflow,asked")
+    parser.add_argument("--only", default="taken,repaired,never,dense,asked")
     parser.add_argument("--never-flags", default="--enable-deterministic-inference")
     parser.add_argument("flags", nargs="*", help="further SGLang flags, after --")
     options = parser.parse_args()

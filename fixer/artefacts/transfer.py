@@ -9,7 +9,6 @@ from pathlib import Path
 
 from fixer.artefacts.artefact import Artefact, Environment
 from fixer.artefacts.environment import card_of
-from fixer.artefacts.fits import misfit_of, remember_fit
 from fixer.artefacts.install import Installation, Pair, install_pair
 from fixer.artefacts.shelf import artefact_path, save_artefact
 from fixer.base.errors import CardError, CompileError, SGLangError, UsageError
@@ -86,8 +85,8 @@ def install_in(tree: Tree, artefact: Artefact, home: Path) -> Installation:
     return install_pair(folder, pair, home, tree.version, overlay=tree.reads_config_dir_variable)
 
 
-def check_fit(artefact: Artefact, tree: Tree, home: Path) -> str:
-    """Refuse an artefact with tiles that its card cannot run; that they fit is remembered in the data folder.
+def check_fit(artefact: Artefact, tree: Tree) -> str:
+    """Refuse an artefact with tiles that its card cannot run: a checksum is against accidents, not against forgery.
 
     What is compiled for that is not kept: an image that is being baked is to have no cache in it.
 
@@ -97,15 +96,20 @@ def check_fit(artefact: Artefact, tree: Tree, home: Path) -> str:
     Raises:
         UsageError: it has such tiles.
     """
+    from fixer.artefacts.check_files import misfit
+    from fixer.kernel.cache import CompileCache
+    from fixer.kernel.fit import compiler_for
+
     try:
         with tempfile.TemporaryDirectory(prefix="moefix-") as folder:
             scratch = Path(folder)
-            why = misfit_of(artefact, tree, card_of(artefact.environment), scratch, scratch)
+            with CompileCache(scratch) as cache:
+                card = card_of(artefact.environment)
+                why = misfit(artefact, card, compiler_for(tree, card, scratch, cache))
     except CompileError as fault:
         return fault.message
     if why:
         raise UsageError(f"the artefact of {artefact.model} does not fit its card: {why}", "Tune on that card.")
-    remember_fit(home, artefact)
     return ""
 
 

@@ -24,7 +24,8 @@ from fixer.machine.cards import Card
 from fixer.machine.driver import visible_cards
 from fixer.serve.find_or_tune import artefact_for
 from fixer.serve.options import MoefixOptions
-from fixer.serve.situation import TUNABLE, Situation, look_around
+from fixer.serve.run import Run
+from fixer.serve.situation import OnCard, Situation, look_around
 from fixer.sglang.own_choices import OwnChoice, own_choices
 from fixer.workload import Tile, TilePair, Workload
 
@@ -35,7 +36,7 @@ class Subject:
 
     Attributes:
         situation: as `tune` sees it, with the pretended limit.
-        kind: which of its kinds of cards.
+        on: which of its kinds of cards.
         artefact: the tuned side.
         home: the data folder.
         smem_limit: the pretended limit of shared memory per block in bytes, None for the card's own.
@@ -43,7 +44,7 @@ class Subject:
     """
 
     situation: Situation
-    kind: int
+    on: OnCard
     artefact: Artefact
     home: Path
     smem_limit: int | None
@@ -52,7 +53,7 @@ class Subject:
     @property
     def card(self) -> Card:
         """The card, with the pretended limit."""
-        return self.situation.cards[self.kind][0]
+        return self.on.card
 
     @property
     def workload(self) -> Workload:
@@ -171,23 +172,17 @@ def find_subject(argv: Sequence[str], options: MoefixOptions, home: Path, say: V
     """
     limit = options.smem_limit
     situation = look_around(argv, home=home, sglang_root=options.sglang_root, smem_limit=limit)
-    kinds = [
-        kind
-        for kind, decision in enumerate(situation.decisions)
-        if decision.outcome in TUNABLE and decision.workload is not None
-    ]
-    if not kinds:
-        raise SGLangError(f"There is nothing to compare: {situation.decisions[0].reason}.".replace("..", "."))
-    kind, card = kinds[0], situation.cards[kinds[0]][0]
-    if len(situation.cards) > 1:
+    on = next((on for on in situation.kinds if on.is_tunable), None)
+    if on is None:
+        raise SGLangError(f"There is nothing to compare: {situation.first.decision.reason}.".replace("..", "."))
+    card = on.card
+    if len(situation.kinds) > 1:
         say.warning(f"several kinds of cards are visible: comparing on {card.name}")
-    workload = situation.decisions[kind].workload
-    assert workload is not None
-    artefact = artefact_for(situation, kind, workload, options, home, say)
+    artefact = artefact_for(Run(home, options, say), situation, on)
     if artefact is None:
         raise StoreError(
             f"There is no tuning of {situation.model.name} on {card.name} that holds here.",
             "Run `moefix tune` with the same flags first.",
         )
     real = next(real for real in visible_cards() if real.index == card.index)
-    return Subject(situation, kind, artefact, home, limit, real.shared_memory)
+    return Subject(situation, on, artefact, home, limit, real.shared_memory)

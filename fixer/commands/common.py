@@ -13,6 +13,7 @@ import click
 from fixer.base.errors import CardError
 
 if TYPE_CHECKING:
+    from fixer.artefacts.artefact import Artefact
     from fixer.machine.cards import Card
     from fixer.sglang.flags import ServerFlags
     from fixer.sglang.tree import Tree
@@ -107,3 +108,10 @@ def wanted_flags(argv: Sequence[str], tree: Tree, data: Path) -> ServerFlags:
     if not declared.flags:
         click.echo("moefix: SGLang's own list of flags cannot be read here: unknown flags were not checked", err=True)
     return flags
+
+
+def report_after_tuning(home: Path, artefact: Artefact, tree: Tree) -> str:
+    """Write a new artefact's report; one line that says where it is, or why there is none."""
+    from fixer.report.make import report_after_tuning as report
+
+    return report(home, artefact, tree)

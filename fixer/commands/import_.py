@@ -31,7 +31,7 @@ def command(*, files: tuple[Path, ...], install: bool, sglang_root: Path | None,
         for artefact in artefacts:
             if tree is not None:
                 transfer.check_tree(artefact.environment, tree)
-                unchecked = transfer.check_fit(artefact, tree, data)
+                unchecked = transfer.check_fit(artefact, tree)
                 if unchecked:
                     click.echo(f"moefix: whether it fits its card was not checked: {unchecked}", err=True)
         for artefact in artefacts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from fixer.commands.common import DEFAULT_COMMAND, PASS_THROUGH
+from fixer.commands.common import DEFAULT_COMMAND, PASS_THROUGH, report_after_tuning
 from fixer.machine.signals import interruptible
 
 
@@ -20,4 +20,4 @@ def command(*, arguments: tuple[str, ...]) -> None:
     from fixer.serve.serve import serve
 
     with interruptible():
-        serve(arguments)
+        serve(arguments, report_after_tuning)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from fixer.commands.common import PASS_THROUGH
+from fixer.commands.common import PASS_THROUGH, report_after_tuning
 from fixer.machine.signals import interruptible
 
 
@@ -46,7 +46,9 @@ def command(
         fresh=fresh, smem_limit=smem_limit, home=home, sglang_root=sglang_root, quiet=quiet, strict=True
     )
     with interruptible():
-        artefacts = tune_only((*sglang_flags, *named), options, exhaustive=exhaustive, record=record)
+        artefacts = tune_only(
+            (*sglang_flags, *named), options, exhaustive=exhaustive, record=record, after_tuning=report_after_tuning
+        )
     if as_json:
         texts = [artefact.to_json() for artefact in artefacts]
         click.echo(texts[0] if len(texts) == 1 else "[" + ",\n".join(texts) + "]", nl=False)

@@ -14,7 +14,7 @@ from fixer.serve.possible_names import Limits, why_not
 
 if TYPE_CHECKING:
     from fixer.model.rules.case import Decision
-    from fixer.serve.situation import Situation
+    from fixer.serve.situation import OnCard, Situation
 
 
 COUNTING_FLAGS = (
@@ -44,7 +44,7 @@ COUNTING_FLAGS = (
 """Fields of `ServerFlags` that may change which file is asked for; the rest changes rows only, or nothing."""
 
 
-def question_of(situation: Situation, kind: int) -> Question:
+def question_of(situation: Situation, on: OnCard) -> Question:
     """The question that a start on that kind of card puts."""
     flags, model = situation.flags, situation.model
     defaults = type(flags)()
@@ -54,7 +54,7 @@ def question_of(situation: Situation, kind: int) -> Question:
     return Question(
         model=model.name,
         config=hashlib.sha256(f"{config}\n{quant}".encode()).hexdigest()[:16],
-        card=situation.cards[kind][0].name,
+        card=on.card.name,
         sglang=situation.tree.version,
         flags=" ".join(f"{name}={value}" for name, value in counting if value != getattr(defaults, name))[:4000],
     )
@@ -95,7 +95,7 @@ def limits_of(situation: Situation, roots: tuple[str, ...] = ()) -> Limits:
     return Limits(roots, experts, -(-layer.width // PADDED) * PADDED)
 
 
-def decision_for(situation: Situation, kind: int, asked: Asked) -> Decision:
+def decision_for(situation: Situation, on: OnCard, asked: Asked) -> Decision:
     """The decision of that kind of card, with what SGLang asked for in place of what the rules worked out.
 
     The name speaks of the first kind of card, whichever kind is meant: SGLang goes by its first card.
@@ -108,8 +108,8 @@ def decision_for(situation: Situation, kind: int, asked: Asked) -> Decision:
     from fixer.sglang.tree import workload_of_name
     from fixer.workload import Projection
 
-    decision, card, tree = situation.decisions[kind], situation.cards[kind][0], situation.tree
-    named = situation.cards[0][0]
+    decision, card, tree = on.decision, on.card, situation.tree
+    named = situation.first.card
     how = "at an earlier start" if asked.source == "log" else "when asked"
     if not asked.gate_up:
         reason = f"SGLang, when asked, looked for no MoE file{': ' + asked.ran if asked.ran else ''}"

@@ -8,17 +8,12 @@ from pathlib import Path
 
 from fixer.artefacts.artefact import Artefact, Decision
 from fixer.artefacts.baked import find_kept, is_baked
-from fixer.artefacts.fits import is_known_to_fit, misfit_of, remember_fit
 from fixer.artefacts.shelf import Found, save_artefact
-from fixer.base.data_folder import scratch_in
 from fixer.base.errors import MoefixError, StoreError, TuneError
-from fixer.base.files import set_aside
 from fixer.base.progress import terminal_progress
 from fixer.base.text import told
-from fixer.base.voice import Voice
-from fixer.serve.options import MoefixOptions
-from fixer.serve.situation import Situation
-from fixer.workload import Workload
+from fixer.serve.run import Run
+from fixer.serve.situation import OnCard, Situation
 
 
 def foreseen(error: Exception) -> MoefixError:
@@ -28,14 +23,12 @@ def foreseen(error: Exception) -> MoefixError:
     return TuneError(f"Tuning ended with an error in moefix itself: {told(error)}.", "Please report that line.")
 
 
-def artefact_for(
-    situation: Situation, kind: int, workload: Workload, options: MoefixOptions, home: Path, say: Voice
-) -> Artefact | None:
+def artefact_for(run: Run, situation: Situation, on: OnCard) -> Artefact | None:
     """The kept artefact that holds here, else a new one; None where there is none and none is wanted."""
     from fixer.artefacts.gains import covers
 
-    rows = situation.rows(kind)
-    found = find_fitting(situation, kind, workload, home, say)
+    rows, options, say = situation.rows(on), run.options, run.say
+    found = find(run, situation, on)
     if found.artefact is not None and not options.fresh:
         if not found.artefact.measured:
             say.line("these configurations fit this card and were not measured; --moefix-fresh tunes on it")
@@ -50,39 +43,18 @@ def artefact_for(
     if options.skip_tune:
         return found.artefact
     wish = Wish(with_rows_of(found.artefact, rows), fresh=options.fresh, known=found.artefact, must_keep=options.strict)
-    return tune_kind(situation, kind, wish, home, say)
+    return tune_kind(run, situation, on, wish)
 
 
-def find_fitting(situation: Situation, kind: int, workload: Workload, home: Path, say: Voice) -> Found:
-    """The kept artefact that holds here. One whose tiles the card cannot run is set aside, and reported."""
+def find(run: Run, situation: Situation, on: OnCard) -> Found:
+    """The kept artefact that holds here; what is damaged on the way is set aside, and reported."""
     from fixer.artefacts.environment import environment_of
 
-    environment, passed_over = environment_of(situation.tree, situation.cards[kind][0]), set[Path]()
-    while True:
-        found = find_kept(home, environment, workload, situation.rows(kind), without=passed_over)
-        for damaged in found.damaged:
-            say.warning(str(damaged))
-        if found.artefact is None or found.path is None:
-            return found
-        why = why_unfit(found.artefact, situation, kind, home, say)
-        if not why:
-            return found
-        passed_over.add(found.path)
-        if is_baked(found.path):
-            say.warning(f"this image's tuning is not used: {why}")
-        else:
-            say.warning(str(set_aside(found.path, why)))
-
-
-def why_unfit(artefact: Artefact, situation: Situation, kind: int, home: Path, say: Voice) -> str:
-    """Why the card cannot run an artefact; "" where it can, or where that cannot be found out here, which is said."""
-    if is_known_to_fit(home, artefact):
-        return ""
-    try:
-        return misfit_of(artefact, situation.tree, situation.cards[kind][0], home, scratch_in(home))
-    except (MoefixError, OSError) as fault:
-        say.warning(f"whether the kept tuning fits this card was not checked: {foreseen(fault).message}")
-        return ""
+    environment = environment_of(situation.tree, on.card)
+    found = find_kept(run.home, environment, on.workload, situation.rows(on))
+    for damaged in found.damaged:
+        run.say.warning(str(damaged))
+    return found
 
 
 def with_rows_of(kept: Artefact | None, rows: Sequence[int]) -> tuple[int, ...]:
@@ -112,21 +84,18 @@ class Wish:
     must_keep: bool = False
 
 
-def tune_kind(situation: Situation, kind: int, wish: Wish, home: Path, say: Voice) -> Artefact:
+def tune_kind(run: Run, situation: Situation, on: OnCard, wish: Wish) -> Artefact:
     """Measure, and keep the result; or take what another moefix on this volume has just measured."""
     from fixer.artefacts.check_files import set_damaged_aside
     from fixer.artefacts.gains import geometric_gain
-    from fixer.report.make import report_after_tuning
     from fixer.tuning.job import Job
     from fixer.tuning.search.recording import write_recording
     from fixer.tuning.session import tune
     from fixer.tuning.turn import state_of_cards, turn
 
-    workload = situation.decisions[kind].workload
-    assert workload is not None
-    card = situation.cards[kind][0]
+    home, say, workload, card = run.home, run.say, on.workload, on.card
     with terminal_progress(quiet=say.quiet) as bars, turn(home, card, progress := say.follow(bars)):
-        finished = finished_meanwhile(situation, kind, wish, home, say)
+        finished = finished_meanwhile(run, situation, on, wish)
         if finished is not None:
             say.line(f"another moefix has tuned this, on {finished.created}: nothing to measure")
             return finished
@@ -138,7 +107,7 @@ def tune_kind(situation: Situation, kind: int, wish: Wish, home: Path, say: Voic
         job = Job(
             tree=vetted.tree,
             workload=workload,
-            cards=situation.cards[kind],
+            cards=on.cards,
             rows=wish.rows,
             model=situation.model.name,
             revision=situation.model.revision or "",
@@ -150,7 +119,7 @@ def tune_kind(situation: Situation, kind: int, wish: Wish, home: Path, say: Voic
         for note in state_of_cards(job):
             say.warning(note)
         tuned = tune(job, progress)
-        keep(tuned.artefact, home, wish, say)
+        keep(run, tuned.artefact, wish)
     for note in tuned.notes:
         say.warning(note)
     if wish.record is not None:
@@ -158,31 +127,29 @@ def tune_kind(situation: Situation, kind: int, wish: Wish, home: Path, say: Voic
         say.line(f"recorded {count} times in {wish.record}")
     say.line(verdict(tuned.artefact, geometric_gain(tuned.artefact)))
     say.line("time: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in tuned.timeline.items()))
-    say.line(report_after_tuning(home, tuned.artefact, situation.tree))
+    if run.after_tuning is not None:
+        say.line(run.after_tuning(home, tuned.artefact, situation.tree))
     return tuned.artefact
 
 
-def finished_meanwhile(situation: Situation, kind: int, wish: Wish, home: Path, say: Voice) -> Artefact | None:
+def finished_meanwhile(run: Run, situation: Situation, on: OnCard, wish: Wish) -> Artefact | None:
     """What another moefix kept while this one waited for its turn, if it has every row that is wished for."""
     from fixer.artefacts.gains import covers
 
-    workload = situation.decisions[kind].workload
-    if workload is None or wish.fresh or wish.exhaustive or wish.record is not None:
+    if wish.fresh or wish.exhaustive or wish.record is not None:
         return None
-    found = find_fitting(situation, kind, workload, home, say).artefact
+    found = find(run, situation, on).artefact
     return found if found not in (None, wish.known) and covers(found, wish.rows) else None
 
 
-def keep(artefact: Artefact, home: Path, wish: Wish, say: Voice) -> None:
+def keep(run: Run, artefact: Artefact, wish: Wish) -> None:
     """Keep an artefact; where that fails it still serves this start, unless it must be kept."""
     try:
-        save_artefact(home, artefact)
+        save_artefact(run.home, artefact)
     except StoreError as fault:
         if wish.must_keep:
             raise
-        say.warning(f"the tuning is used now and not kept: {fault.message}. {fault.hint}")
-    else:
-        remember_fit(home, artefact)  # it has run
+        run.say.warning(f"the tuning is used now and not kept: {fault.message}. {fault.hint}")
 
 
 def importable_package(situation: Situation) -> Path | None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fixer.artefacts.artefact import Artefact
 from fixer.artefacts.install import Installation, Pair, install_pair
 from fixer.base.data_folder import scratch_in
-from fixer.base.voice import Voice
 from fixer.serve.find_or_tune import artefact_for, foreseen
-from fixer.serve.options import MoefixOptions
-from fixer.serve.situation import TUNABLE, Situation
+from fixer.serve.run import Run
+from fixer.serve.situation import OnCard, Situation
 from fixer.sglang.own_choices import own_choices
 
 if TYPE_CHECKING:
@@ -21,41 +19,40 @@ if TYPE_CHECKING:
     from fixer.sglang.tree import Tree
 
 
-def prepare(situation: Situation, options: MoefixOptions, home: Path, say: Voice) -> list[Installation]:
+def prepare(run: Run, situation: Situation) -> list[Installation]:
     """Have a tuned pair of files in SGLang's tree for each kind of card, where SGLang reads one."""
-    installations = []
-    for kind, decision in enumerate(situation.decisions):
-        card = situation.cards[kind][0]
-        say.line(f"{situation.model.name} on {card.name}, SGLang {situation.tree.version}: {decision.reason}")
-        for note in decision.notes:
+    say, installations = run.say, list[Installation]()
+    for on in situation.kinds:
+        say.line(f"{situation.model.name} on {on.card.name}, SGLang {situation.tree.version}: {on.decision.reason}")
+        for note in on.decision.notes:
             say.line(note)
-        if decision.outcome not in TUNABLE or decision.workload is None:
+        if not on.is_tunable:
             say.line("nothing to tune")
             continue
         try:
-            artefact = artefact_for(situation, kind, decision.workload, options, home, say)
+            artefact = artefact_for(run, situation, on)
             if artefact is not None:
-                installations.append(install(artefact, situation, home, say))
+                installations.append(install(run, situation, artefact))
         except Exception as error:  # foreseen or not: a server that starts is worth more than a tuning
-            if options.strict:
+            if run.options.strict:
                 raise foreseen(error) from error
             fault = foreseen(error)
             say.warning(f"{fault.message} {fault.hint}".strip())
             artefact = None
         if artefact is None:
-            installations += fitting_instead(situation, kind, home, say)
+            installations += fitting_instead(run, situation, on)
     return installations
 
 
-def install(artefact: Artefact, situation: Situation, home: Path, say: Voice) -> Installation:
-    """Put an artefact's pair of files where SGLang looks."""
-    installation = put(Pair.of(artefact), situation.tree, home, say)
+def install(run: Run, situation: Situation, artefact: Artefact) -> Installation:
+    """Put an artefact's files where SGLang looks."""
+    installation = put(run, situation.tree, Pair.of(artefact))
     down = f" and {installation.down_path.name}" if artefact.down_file else ""
-    say.line(f"installed {installation.gate_up_path}{down}")
+    run.say.line(f"installed {installation.gate_up_path}{down}")
     return installation
 
 
-def fitting_instead(situation: Situation, kind: int, home: Path, say: Voice) -> list[Installation]:
+def fitting_instead(run: Run, situation: Situation, on: OnCard) -> list[Installation]:
     """Without a tuning: SGLang's own configuration where it fits the card, else one that was compiled to fit.
 
     Whatever SGLang would read and could not run is moved aside first; where it cannot be, something is put before it.
@@ -64,30 +61,29 @@ def fitting_instead(situation: Situation, kind: int, home: Path, say: Voice) -> 
     from fixer.kernel.cache import CompileCache
     from fixer.kernel.fit import compiler_for
 
-    card, workload = situation.cards[kind][0], situation.decisions[kind].workload
-    assert workload is not None
+    say = run.say
     try:
-        with CompileCache(home) as cache:
-            compiler = compiler_for(situation.tree, card, scratch_in(home), cache)
-            vetted = vet(situation.tree, workload, card, situation.rows(kind), compiler)
+        with CompileCache(run.home) as cache:
+            compiler = compiler_for(situation.tree, on.card, scratch_in(run.home), cache)
+            vetted = vet(situation.tree, on.workload, on.card, situation.rows(on), compiler)
             for bad in vetted.bad:
                 say.warning(str(bad))
             if vetted.fits and not vetted.is_stuck:
                 say.warning("serving with SGLang's own configuration, which fits this card")
                 return []
             left = replace(situation, tree=vetted.tree)
-            pair = safe_pair(left, kind, compiler, fits=bool(vetted.fits))
+            pair = safe_pair(left, on, compiler, fits=bool(vetted.fits))
         if pair is None:
             say.warning("serving with SGLang's own configuration, which may not run: nothing is known to fit this card")
             return []
         say.warning("serving with a configuration that fits this card and was not measured")
-        return [put(pair, vetted.tree, home, say)]
+        return [put(run, vetted.tree, pair)]
     except Exception as error:  # as in `prepare`
         say.warning(f"serving with SGLang's own configuration, which was not checked: {foreseen(error).message}")
         return []
 
 
-def safe_pair(situation: Situation, kind: int, compiler: CompileFunction, *, fits: bool) -> Pair | None:
+def safe_pair(situation: Situation, on: OnCard, compiler: CompileFunction, *, fits: bool) -> Pair | None:
     """Files that the card can run; None where nothing is known to fit.
 
     Args:
@@ -95,13 +91,12 @@ def safe_pair(situation: Situation, kind: int, compiler: CompileFunction, *, fit
     """
     from fixer.plan.make_plan import make_plan
 
-    card, workload, tree = situation.cards[kind][0], situation.decisions[kind].workload, situation.tree
-    assert workload is not None
+    tree = situation.tree
     if not fits:
-        return fitting_pair(make_plan(situation.model, situation.flags, card, tree, compiler))
-    lookup = tree.lookup(workload, card)
-    choose = own_choices(tree, lookup, workload, card)
-    own = {tokens: choose(tokens) for tokens in situation.rows(kind)}
+        return fitting_pair(make_plan(situation.model, situation.flags, on.card, tree, compiler))
+    lookup = tree.lookup(on.workload, on.card)
+    choose = own_choices(tree, lookup, on.workload, on.card)
+    own = {tokens: choose(tokens) for tokens in situation.rows(on)}
     return Pair(
         lookup.gate_up,
         lookup.down,
@@ -123,10 +118,10 @@ def fitting_pair(plan: Plan) -> Pair | None:
     )
 
 
-def put(pair: Pair, tree: Tree, home: Path, say: Voice) -> Installation:
+def put(run: Run, tree: Tree, pair: Pair) -> Installation:
     """Put files where a tree looks, and say what became of those that were there."""
     overlay = tree.reads_config_dir_variable
-    installation = install_pair(tree.triton_folder, pair, home, tree.version, overlay=overlay)
+    installation = install_pair(tree.triton_folder, pair, run.home, tree.version, overlay=overlay)
     for note in installation.notes:
-        say.line(note)
+        run.say.line(note)
     return installation

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fixer.base.errors import CardError
+from fixer.base.errors import CardError, SGLangError
 from fixer.machine.cards import Card, kinds, with_shared_memory_limit
 from fixer.machine.driver import visible_cards
 from fixer.model.config import Model, load_model
@@ -17,9 +17,44 @@ from fixer.sglang.declared import declared_of
 from fixer.sglang.find_tree import find_tree
 from fixer.sglang.flags import ServerFlags, parse_flags
 from fixer.sglang.tree import Tree
+from fixer.workload import Workload
 
 TUNABLE = (Outcome.ASKS, Outcome.UNCERTAIN)
 """Outcomes with which SGLang reads a tuning file and gets past it."""
+
+
+@dataclass(frozen=True)
+class OnCard:
+    """One kind of card in this machine, and what SGLang does with the model on it.
+
+    Attributes:
+        cards: the visible cards of that kind, one or more.
+        decision: which kernel SGLang runs on them, and for which layer.
+    """
+
+    cards: tuple[Card, ...]
+    decision: Decision
+
+    @property
+    def card(self) -> Card:
+        """The kind of card: its first one."""
+        return self.cards[0]
+
+    @property
+    def is_tunable(self) -> bool:
+        """Whether SGLang reads a tuning file here, for a layer that is known, and gets past it."""
+        return self.decision.outcome in TUNABLE and self.decision.workload is not None
+
+    @property
+    def workload(self) -> Workload:
+        """The layer on one shard, of a kind that is tunable.
+
+        Raises:
+            SGLangError: there is none; the message has the decision's reason.
+        """
+        if self.decision.workload is None:
+            raise SGLangError(f"There is nothing to tune: {self.decision.reason}.".replace("..", "."))
+        return self.decision.workload
 
 
 @dataclass(frozen=True)
@@ -30,21 +65,22 @@ class Situation:
         model: its geometry.
         flags: the user's SGLang flags.
         tree: the SGLang that will serve.
-        cards: the visible cards, by kind.
-        decisions: what SGLang does on each kind.
+        kinds: the kinds of cards, each with what SGLang does on it; SGLang names its files after the first.
     """
 
     model: Model
     flags: ServerFlags
     tree: Tree
-    cards: tuple[tuple[Card, ...], ...]
-    decisions: tuple[Decision, ...]
+    kinds: tuple[OnCard, ...]
 
-    def rows(self, kind: int) -> tuple[int, ...]:
+    @property
+    def first(self) -> OnCard:
+        """The kind of the first card."""
+        return self.kinds[0]
+
+    def rows(self, on: OnCard) -> tuple[int, ...]:
         """The batch sizes M that a server on that kind of card needs rows for."""
-        workload = self.decisions[kind].workload
-        card = self.cards[kind][0]
-        return ladder(self.flags, card, self.tree.release, workload) if workload is not None else ()
+        return ladder(self.flags, on.card, self.tree.release, on.workload)
 
 
 def look_around(
@@ -73,7 +109,5 @@ def look_around(
         )
     if smem_limit is not None:
         cards = tuple(with_shared_memory_limit(card, smem_limit) for card in cards)
-    by_kind = kinds(cards)
-    return Situation(
-        model, flags, tree, by_kind, tuple(decide(model, flags, kind[0], tree.release, declared) for kind in by_kind)
-    )
+    by_kind = (OnCard(group, decide(model, flags, group[0], tree.release, declared)) for group in kinds(cards))
+    return Situation(model, flags, tree, tuple(by_kind))

@@ -33,6 +33,9 @@ from fixer.report.summary import Fate, Worth, microseconds, percent, summarise
 from fixer.report.terminal import print_report
 from fixer.serve import find_or_tune
 from fixer.serve.find_or_tune import verdict
+from fixer.serve.options import MoefixOptions
+from fixer.serve.run import Run
+from fixer.serve.situation import OnCard
 from fixer.sglang.own_choices import OwnChoice
 from fixer.sglang.tree import Tree
 from fixer.tuning.journal import RunKey, read_looks
@@ -571,14 +574,11 @@ def test_tuning_writes_it(tmp_path, trees, monkeypatch, capsys):
     tuned = SimpleNamespace(notes=(), artefact=artefact, looks=(), timings=(), timeline={"search": 1.0})
     monkeypatch.setattr("fixer.tuning.session.tune", lambda *_: tuned)
     monkeypatch.setattr("fixer.tuning.turn.state_of_cards", lambda job: ())
-    situation = SimpleNamespace(
-        decisions=[SimpleNamespace(workload=artefact.workload)],
-        tree=trees["0.5.17"],
-        cards=[(find_card(artefact.environment.card),)],
-        model=SimpleNamespace(name="m", revision=None),
-        rows=lambda kind: (1,),
-    )
-    find_or_tune.tune_kind(situation, 0, find_or_tune.Wish((1,)), tmp_path, Voice())
+    on = OnCard((find_card(artefact.environment.card),), SimpleNamespace(workload=artefact.workload))
+    model = SimpleNamespace(name="m", revision=None)
+    situation = SimpleNamespace(tree=trees["0.5.17"], model=model, rows=lambda on: (1,))
+    run = Run(tmp_path, MoefixOptions(), Voice(), report_after_tuning)
+    find_or_tune.tune_kind(run, situation, on, find_or_tune.Wish((1,)))
     told = capsys.readouterr().err
     (page,) = (tmp_path / "reports").iterdir()
     assert f"moefix: report: {page}" in told

@@ -15,7 +15,7 @@ from fixer.serve import asked as asking
 from fixer.serve.asked import Asked, Question, find, keep, record_path
 from fixer.serve.asked_question import decision_for, limits_of, question_of
 from fixer.serve.possible_names import Limits
-from fixer.serve.situation import Situation
+from fixer.serve.situation import OnCard, Situation
 from fixer.sglang.flags import parse_flags
 from fixer.sglang.tree import workload_of_name
 from fixer.workload import NumberFormat, Projection, Workload
@@ -27,10 +27,14 @@ ASKED = Asked(
 BASE = Workload(128, 768, 2048, 8)
 
 
+def first_question(situation):
+    return question_of(situation, situation.first)
+
+
 def situation(trees, models, case="q3_30b_bf16_tp1_h100", *words, gpu="H100"):
     flags = parse_flags(("--model", str(models[case]), *words))
     model, card, tree = load_model("", flags), find_card(gpu), trees["0.5.17"]
-    return Situation(model, flags, tree, ((card,),), (decide(model, flags, card, tree.version),))
+    return Situation(model, flags, tree, (OnCard((card,), decide(model, flags, card, tree.version)),))
 
 
 def test_kept_and_found(tmp_path):
@@ -79,13 +83,13 @@ def test_no_content_is_more_than_a_value_error(content):
 
 
 def test_the_question_counts_what_decides_the_name(trees, models):
-    plain = question_of(situation(trees, models), 0)
+    plain = first_question(situation(trees, models))
     assert plain.flags == ""
-    assert question_of(situation(trees, models, "q3_30b_bf16_tp1_h100", "--tp", "2"), 0).flags == "tp_size=2"
+    assert first_question(situation(trees, models, "q3_30b_bf16_tp1_h100", "--tp", "2")).flags == "tp_size=2"
     rows_only = situation(trees, models, "q3_30b_bf16_tp1_h100", "--chunked-prefill-size", "2048", "--port", "1")
-    assert question_of(rows_only, 0) == plain
+    assert first_question(rows_only) == plain
     other = situation(trees, models, "q3_30b_bf16_tp1_h100", "--json-model-override-args", '{"num_experts": 64}')
-    assert question_of(other, 0).config != plain.config
+    assert first_question(other).config != plain.config
 
 
 @pytest.mark.parametrize(
@@ -140,33 +144,35 @@ def test_every_shipped_name_is_read_back(trees):
 
 def test_the_decision_is_for_exactly_that_file(trees, models):
     here = situation(trees, models)
-    card = here.cards[0][0]
-    wanted = replace(here.decisions[0].workload, number_format=NumberFormat.FP8_W8A8, block_shape=(128, 128))
+    card = here.first.card
+    wanted = replace(here.first.decision.workload, number_format=NumberFormat.FP8_W8A8, block_shape=(128, 128))
     name = here.tree.file_name(wanted, card, Projection.GATE_UP)
-    decision = decision_for(here, 0, Asked(question_of(here, 0), name, "", "log", ""))
+    decision = decision_for(here, here.first, Asked(first_question(here), name, "", "log", ""))
     assert decision.outcome is Outcome.ASKS
     assert here.tree.file_name(decision.workload, card, Projection.GATE_UP) == name
-    same = here.tree.file_name(here.decisions[0].workload, card, Projection.GATE_UP)
+    same = here.tree.file_name(here.first.decision.workload, card, Projection.GATE_UP)
     assert (
-        decision_for(here, 0, Asked(question_of(here, 0), same, "", "asking", "")).workload
-        == here.decisions[0].workload
+        decision_for(here, here.first, Asked(first_question(here), same, "", "asking", "")).workload
+        == here.first.decision.workload
     )
     with pytest.raises(ValueError, match="no file for NVIDIA H100"):
-        decision_for(here, 0, Asked(question_of(here, 0), "E=128,N=768,device_name=Y.json", "", "log", ""))
+        decision_for(here, here.first, Asked(first_question(here), "E=128,N=768,device_name=Y.json", "", "log", ""))
 
 
 def test_asked_for_though_another_kernel_was_expected(trees, models):
     here = situation(trees, models, "q3_30b_bf16_tp1_h100", "--moe-runner-backend", "flashinfer_cutlass")
-    assert here.decisions[0].workload is None
-    assert layer_workload(here.model, here.flags, here.cards[0][0], "0.5.17").experts == 128
-    name = f"E=128,N=768,device_name={here.cards[0][0].sglang_name}.json"
-    decision = decision_for(here, 0, Asked(question_of(here, 0), name, "", "log", ""))
+    assert here.first.decision.workload is None
+    assert layer_workload(here.model, here.flags, here.first.card, "0.5.17").experts == 128
+    name = f"E=128,N=768,device_name={here.first.card.sglang_name}.json"
+    decision = decision_for(here, here.first, Asked(first_question(here), name, "", "log", ""))
     assert (decision.outcome, decision.workload.experts) == (Outcome.ASKS, 128)
 
 
 def test_asked_for_nothing(trees, models):
     here = situation(trees, models)
-    decision = decision_for(here, 0, Asked(question_of(here, 0), "", "", "asking", "", "marlin runs its experts"))
+    decision = decision_for(
+        here, here.first, Asked(first_question(here), "", "", "asking", "", "marlin runs its experts")
+    )
     assert (decision.outcome, decision.workload) == (Outcome.NO_LOOKUP, None)
     assert "marlin" in decision.reason
 
@@ -174,16 +180,16 @@ def test_asked_for_nothing(trees, models):
 def test_a_dense_model_that_asks_is_an_error(trees, models):
     here = situation(trees, models, "qwen3_8b_bf16_4090", gpu="RTX 4090")
     with pytest.raises(ValueError, match="dense"):
-        decision_for(here, 0, Asked(question_of(here, 0), "E=8,N=64,device_name=X.json", "", "log", ""))
+        decision_for(here, here.first, Asked(first_question(here), "E=8,N=64,device_name=X.json", "", "log", ""))
 
 
 @pytest.mark.parametrize("sizes", ["E=128,N=4096", "E=128,N=9000", "E=4000,N=768"])
 def test_a_name_that_cannot_be_this_models_is_not_tuned(trees, models, sizes):
     """Marlin in sglang-kt looks for twice the hidden size (4096 here); an earlier version kept that name."""
     here = situation(trees, models)
-    name = f"{sizes},device_name={here.cards[0][0].sglang_name}.json"
+    name = f"{sizes},device_name={here.first.card.sglang_name}.json"
     with pytest.raises(ValueError, match="another kernel looked for it"):
-        decision_for(here, 0, Asked(question_of(here, 0), name, "", "log", ""))
+        decision_for(here, here.first, Asked(first_question(here), name, "", "log", ""))
 
 
 def test_the_largest_sizes(trees, models):

@@ -18,9 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from fixer.artefacts.artefact import Artefact
 from fixer.artefacts.check_files import misfit
-from fixer.artefacts.shelf import artefact_path, save_artefact
+from fixer.artefacts.shelf import artefact_path
 from fixer.base.errors import CompileError
 from fixer.kernel.compile import Compiled, CompileOutcome
 from fixer.sglang.tuning_files import render_table
@@ -542,98 +541,6 @@ def test_a_file_of_the_users_that_overflows_gives_way_to_what_was_tuned(machine)
         assert content in contents(folder)
 
 
-def overflowing(artefact: Artefact) -> Artefact:
-    """With the right checksum and environment, and one row that no card can run."""
-    return replace(artefact, rows=(*artefact.rows[:-1], replace(artefact.rows[-1], down=TOO_LARGE, gate_up=LARGE_TOO)))
-
-
-@pytest.mark.parametrize("flags", [(), ("--moefix-skip-tune",)])
-def test_a_kept_tuning_that_overflows_is_set_aside_and_the_server_starts(machine, undisturbed, flags):
-    artefact = overflowing(machine.artefact())
-    path = save_artefact(machine.home, artefact)
-    result = machine.run(*machine.flags, *flags)
-    assert result.served, result.err
-    assert f"{path} is not used: its row for M = {artefact.rows[-1].batch} " in result.err
-    assert "bytes of shared memory a block, and the card has 232448" in result.err
-    (aside,) = path.parent.glob("*.damaged-*")
-    assert Artefact.from_json(aside.read_bytes()) == artefact
-    assert aside.name in result.err
-    if flags:
-        assert "serving with SGLang's own configuration, which fits this card" in result.err
-        assert not (machine.package / FOLDER / UP).exists()
-    else:
-        assert machine.kept() == undisturbed
-        assert not installed(machine, artefact)
-
-
-def test_the_proof_on_a_card_goes_through_with_stand_ins(machine, tmp_path):
-    machine.artefact()
-    program = str(ROOT / "benchmarks" / "prove_verdicts.py")
-    words = ("--model", str(machine.model), "--home", str(machine.home), "--out", str(tmp_path / "out"))
-    done = subprocess.run(
-        [sys.executable, program, *words, "--only", "overflow", "--", "--load-format", "dummy"],
-        env=machine.env,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "proved: overflow" in done.stdout
-    assert list((tmp_path / "out" / "overflow-home" / "artefacts").glob("*/*.damaged-*"))
-
-
-def test_a_ready_tuned_images_tuning_that_overflows_is_passed_over(machine, tmp_path):
-    good = machine.artefact()
-    baked = tmp_path / "baked"
-    save_artefact(baked, replace(overflowing(good), model="baked"))
-    artefact_path(machine.home, good.environment, good.workload).unlink()
-    before = {path: path.read_bytes() for path in baked.rglob("*") if path.is_file()}
-    result = machine.run(*machine.flags, "--moefix-skip-tune", env={"MOEFIX_BAKED": str(baked)})
-    assert result.served, result.err
-    assert "this image's tuning is not used: its row for M = " in result.err
-    assert {path: path.read_bytes() for path in baked.rglob("*") if path.is_file()} == before
-    assert not (machine.package / FOLDER / UP).exists()
-
-
-NO_TRITON = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("triton", "fixer.kernel.pool", "fixer.artefacts.check_files"):
-            raise ImportError(name)
-sys.meta_path.insert(0, Refuse())
-"""
-
-
-@pytest.mark.parametrize("how", ["checked before", "tuned before", "checked when it was baked"])
-def test_what_is_known_to_fit_is_not_looked_at_again(machine, tmp_path, how):
-    if how == "tuned before":
-        assert machine.run().served
-    elif how == "checked before":
-        machine.artefact()
-        assert machine.run(real=True).served
-    else:
-        artefact = machine.artefact()
-        path = artefact_path(machine.home, artefact.environment, artefact.workload)
-        inside = tmp_path / "baked" / path.relative_to(machine.home)
-        inside.parent.mkdir(parents=True)
-        path.rename(inside)
-        root = str(machine.package)
-        done = machine.start(
-            "import", "--install", "--home", str(tmp_path / "baked"), "--sglang-root", root, str(inside), real=True
-        )
-        assert done.wait(60) == 0, done.stderr.read()
-        machine.env["MOEFIX_BAKED"] = str(tmp_path / "baked")
-    (machine.home / "compiled.sqlite").unlink(missing_ok=True)
-    (machine.site / "sitecustomize.py").write_text(NO_TRITON)
-    result = machine.run(real=True)
-    assert result.served, result.err
-    assert "nothing to measure" in result.err
-    assert "not checked" not in result.err
-    assert not (machine.home / "compiled.sqlite").exists()
-
-
 def test_a_tile_that_ends_the_compiler_is_the_tiles_fault_only_where_others_compile(machine):
     artefact = machine.artefact()
     good, dead = Compiled(CompileOutcome.OK, 4096, 0.1), Compiled(CompileOutcome.CRASHED, 0, 0.1, "the compiler died")
@@ -645,17 +552,6 @@ def test_a_tile_that_ends_the_compiler_is_the_tiles_fault_only_where_others_comp
     with pytest.raises(CompileError):
         misfit(artefact, H100, lambda candidates: dict.fromkeys(candidates, dead))
     assert misfit(artefact, H100, lambda candidates: dict.fromkeys(candidates, good)) == ""
-
-
-def test_without_a_compiler_a_kept_tuning_is_used_as_it_is(machine):
-    artefact = machine.artefact()
-    (machine.home / "compiled.sqlite").unlink()
-    (machine.site / "triton").mkdir()
-    (machine.site / "triton" / "__init__.py").write_text("raise ImportError('no Triton here')")
-    result = machine.run(real=True)
-    assert result.served, result.err
-    assert "whether the kept tuning fits this card was not checked" in result.err
-    assert installed(machine, artefact)
 
 
 def test_what_moefix_wrote_itself_leaves_no_trail(machine):

@@ -195,7 +195,7 @@ def _conversation(server: _Server, situation: Situation, limit: float) -> Answer
 
 def _answer(seen: Seen, situation: Situation) -> Answer:
     if not seen.looked:
-        decision = situation.decisions[0]
+        decision = situation.first.decision
         return Answer("", ran=ran_instead(Expected(asks=False, reason=decision.reason, kernel=decision.kernel), seen))
     first, *others = seen.asked
     return Answer(first, tuple(others))

@@ -33,12 +33,12 @@ def relay_settings(
         installations: what moefix installed, one for each kind of card at most.
         state: this process's state file.
     """
-    question = question_of(situation, 0)
+    question = question_of(situation, situation.first)
     asked, _ = find(home, question)
     known = ((asked.gate_up, asked.down),) if asked is not None and asked.gate_up else ()
     return Settings(
         expected=expectation(situation, installations, known),
-        card=situation.cards[0][0].name,
+        card=situation.first.card.name,
         quiet=quiet,
         state=str(state),
         record=str(record_path(home, question)),
@@ -54,13 +54,13 @@ def expectation(
     Args:
         known: names that are on record already, whether moefix could tune for them or not.
     """
-    first, flags, tree = situation.decisions[0], situation.flags, situation.tree
+    first, flags, tree = situation.first.decision, situation.flags, situation.tree
     reads_down = tree.reads_down_file
     names = tuple(
-        (tree.file_name(decision.workload, cards[0], up), tree.file_name(decision.workload, cards[0], down))
-        for cards, decision in zip(situation.cards, situation.decisions, strict=True)
+        (tree.file_name(on.workload, on.card, up), tree.file_name(on.workload, on.card, down))
+        for on in situation.kinds
         for up, down in [(Projection.GATE_UP, Projection.DOWN)]
-        if decision.workload is not None
+        if on.decision.workload is not None
     )
     roots = {tree.configs, tree.shipped_configs, *(each.gate_up_path.parent.parent for each in installations)}
     return Expected(

@@ -58,6 +58,10 @@ sys.exit(41)
 READY = "The server is fired up and ready to roll!"
 
 
+def first_question(situation):
+    return question_of(situation, situation.first)
+
+
 @pytest.fixture
 def machine(tmp_path, trees, driver, models, compiled):
     machine = Machine(tmp_path, trees["0.5.17"].package, driver, models, compiled)
@@ -163,7 +167,7 @@ def test_a_damaged_record_is_set_aside(machine):
     tree = tree_at(machine.package)
     model = load_model("", flags)
     situation = asking_situation(model, flags, tree)
-    path = asking.record_path(machine.home, question_of(situation, 0))
+    path = asking.record_path(machine.home, first_question(situation))
     path.parent.mkdir()
     path.write_text('{"schema": 1, "gate_up"')
     result = machine.run(env=lines_env(artefact.gate_up_file, artefact.down_file))
@@ -174,9 +178,9 @@ def test_a_damaged_record_is_set_aside(machine):
 
 
 def asking_situation(model, flags, tree):
-    from fixer.serve.situation import Situation
+    from fixer.serve.situation import OnCard, Situation
 
-    return Situation(model, flags, tree, ((H100,),), (decide(model, flags, H100, tree.version),))
+    return Situation(model, flags, tree, (OnCard((H100,), decide(model, flags, H100, tree.version)),))
 
 
 def test_a_dense_model_says_what_was_expected(machine):
@@ -333,7 +337,7 @@ def test_no_secret_reaches_the_asked_server_nor_its_log(machine):
 
 def test_asking_waits_for_a_turn_and_takes_the_answer_of_another(machine):
     artefact = machine.artefact()
-    path = asking.record_path(machine.home, question_of(machine_situation(machine), 0))
+    path = asking.record_path(machine.home, first_question(machine_situation(machine)))
     (machine.home / "asked").mkdir()
     with turn(machine.home, H100, Silent()):
         process = machine.start(*machine.flags, "--moefix-ask", env=lines_env(artefact.gate_up_file))
@@ -344,7 +348,7 @@ def test_asking_waits_for_a_turn_and_takes_the_answer_of_another(machine):
         assert fakes.eventually(lambda: phase() is Phase.WAITING, 60)
         time.sleep(0.5)
         assert not (machine.record.parent / "record.asked").exists()
-        question = question_of(machine_situation(machine), 0)
+        question = first_question(machine_situation(machine))
         kept = asking.Asked(question, artefact.gate_up_file, artefact.down_file, "asking", "2026-11-24T00:00:00Z")
         path.write_text(kept.to_json())
     _, err = process.communicate(timeout=60)
