@@ -31,7 +31,9 @@ _BOOT = (
 )
 
 
-def start_child(command: Sequence[str], environment: Mapping[str, str], stream: Any) -> subprocess.Popen[bytes]:
+def start_child(
+    command: Sequence[str], environment: Mapping[str, str], stream: Any, passed: Sequence[int] = ()
+) -> subprocess.Popen[bytes]:
     """Start a command in a session of its own, whose first process the kernel kills when this one ends.
 
     SGLang's other processes end with it (`kill_itself_when_parent_died`). Call it with signals `deferred` up to where
@@ -41,6 +43,7 @@ def start_child(command: Sequence[str], environment: Mapping[str, str], stream: 
         command: the program's path, and its arguments.
         environment: its whole environment.
         stream: what it prints goes there.
+        passed: file descriptors that it inherits.
 
     Raises:
         SGLangError: it cannot be started.
@@ -55,6 +58,7 @@ def start_child(command: Sequence[str], environment: Mapping[str, str], stream: 
             stdout=stream,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            pass_fds=tuple(passed),
         )
     except (OSError, ValueError) as fault:
         raise SGLangError(f"{command[0]} cannot be started: {fault}") from fault
