@@ -134,7 +134,7 @@ def _server_args(argv: list[str]) -> Any:
     try:
         args = find("server_args:prepare_server_args")(argv)
     finally:
-        argparse.ArgumentParser.error = kept  # type: ignore[method-assign, assignment]
+        argparse.ArgumentParser.error = kept  # type: ignore[method-assign]
     resolve = getattr(args, "resolve_once", None)
     if resolve is not None:
         resolve()
