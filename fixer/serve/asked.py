@@ -2,7 +2,7 @@
 
 A record holds for one model, card, SGLang and the flags that decide a file's name. It comes from the server's log,
 where SGLang asked for another file than the rules had worked out, or from asking SGLang beforehand
-(`fixer.serve.asking.ask`). One that SGLang contradicts again is replaced. Reading and writing need the standard
+(`fixer.serve.asking`). One that SGLang contradicts again is replaced. Reading and writing need the standard
 library only, for the log's relay.
 """
 

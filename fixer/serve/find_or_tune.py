@@ -116,6 +116,8 @@ def tune_kind(run: Run, situation: Situation, on: OnCard, wish: Wish) -> Artefac
             fresh=wish.fresh,
             layer_package=importable_package(situation),
         )
+        if run.before_tuning is not None:
+            run.before_tuning()
         for note in state_of_cards(job):
             say.warning(note)
         tuned = tune(job, progress)

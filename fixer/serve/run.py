@@ -24,9 +24,11 @@ class Run:
         options: moefix's own options.
         say: tells the user.
         after_tuning: is told of each new artefact; None for nobody.
+        before_tuning: is called as measuring begins; None for nothing.
     """
 
     home: Path
     options: MoefixOptions
     say: Voice
     after_tuning: AfterTuning | None = None
+    before_tuning: Callable[[], None] | None = None

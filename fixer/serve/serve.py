@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,7 +18,7 @@ from fixer.base.status_board import Board, new_board, posted
 from fixer.base.status_reading import run_variable
 from fixer.base.voice import Voice
 from fixer.model.download.download import downloading
-from fixer.serve.asking.as_asked import as_asked
+from fixer.serve.asking import Asking
 from fixer.serve.find_or_tune import Wish, find, tune_kind, with_rows_of
 from fixer.serve.launch import become_server, reachable
 from fixer.serve.log.expect import relay_settings, server_url
@@ -49,8 +50,12 @@ def serve(argv: Sequence[str], after_tuning: AfterTuning | None = None) -> NoRet
         board.update(model=situation.model.name, revision=situation.model.revision or "")
         skip = options.skip_download or options.dry_run
         with downloading(situation.model, situation.flags, home, say, board, skip=skip) as download:
-            situation = as_asked(run, situation, server_flags)
-            installations = prepare(run, situation)
+            asking = Asking(run, situation, server_flags)
+            situation = asking.before_tuning()
+            installations = prepare(replace(run, before_tuning=asking.begin), situation)
+            corrected = asking.after_tuning()
+            if corrected is not None:
+                situation, installations = corrected, prepare(run, corrected)
             download.wait()
         if options.dry_run:
             say.line("dry run: no weights were fetched, SGLang was not asked, and the server is not started")
@@ -123,12 +128,13 @@ def tune_only(
         run = Run(home, options, Voice(quiet=options.quiet, board=board), after_tuning)
         situation = look_around(words, home=home, sglang_root=options.sglang_root, smem_limit=options.smem_limit)
         board.update(model=situation.model.name, revision=situation.model.revision or "")
-        situation = as_asked(run, situation, words)
-        return [
-            artefact
-            for on in situation.kinds
-            if (artefact := tune_on(run, situation, on, exhaustive=exhaustive, record=record)) is not None
-        ]
+        asking = Asking(run, situation, words)
+        situation, asks = asking.before_tuning(), replace(run, before_tuning=asking.begin)
+        artefacts = [tune_on(asks, situation, on, exhaustive=exhaustive, record=record) for on in situation.kinds]
+        corrected = asking.after_tuning()
+        if corrected is not None:
+            artefacts = [tune_on(run, corrected, on, exhaustive=exhaustive, record=record) for on in corrected.kinds]
+        return [artefact for artefact in artefacts if artefact is not None]
 
 
 def tune_on(run: Run, situation: Situation, on: OnCard, *, exhaustive: bool, record: Path | None) -> Artefact | None:

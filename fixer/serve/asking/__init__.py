@@ -1,1 +1,0 @@
-"""Ask a started SGLang which file it looks for."""
