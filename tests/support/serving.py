@@ -192,3 +192,14 @@ def installed(machine, artefact, folder=None):
         artefact.down_file: {row.batch: row.down for row in artefact.rows},
     }
     return all((folder / name).read_bytes() == render_table(table) for name, table in tables.items())
+
+
+def artefact_of(machine, **changes):
+    """A kept artefact for a layer like the model's with something else about it."""
+    artefact = machine.artefact()
+    workload = replace(artefact.workload, **changes)
+    tree = tree_at(machine.package)
+    lookup = tree.lookup(workload, H100)
+    other = replace(artefact, workload=workload, gate_up_file=lookup.gate_up, down_file=lookup.down)
+    save_artefact(machine.home, other)
+    return artefact, other

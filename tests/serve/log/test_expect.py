@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import time
-from dataclasses import replace
 
 import pytest
 
-from fixer.artefacts.shelf import save_artefact
-from fixer.base.errors import SGLangError, TuneError
 from fixer.base.locks import is_held
-from fixer.base.progress import Silent
 from fixer.base.status import Phase, Status, lock_path, state_path
 from fixer.base.status_reading import health, states
 from fixer.model.config import load_model
@@ -23,10 +16,9 @@ from fixer.serve.asked_question import question_of
 from fixer.serve.log.expect import server_url
 from fixer.sglang.find_tree import tree_at
 from fixer.sglang.flags import parse_flags
-from fixer.tuning.turn import turn
 from fixer.workload import NumberFormat
 from tests.support import fakes
-from tests.support.serving import FOLDER, H100, Machine, installed
+from tests.support.serving import FOLDER, H100, Machine, artefact_of, installed
 
 SERVER = """
 import json, os, subprocess, sys, time
@@ -83,17 +75,6 @@ def question_file(machine):
 
 def verdict_lines(result):
     return [line for line in result.err.splitlines() if line.startswith("moefix: SGLang ")]
-
-
-def artefact_of(machine, **changes):
-    """A kept artefact for a layer like the model's with something else about it."""
-    artefact = machine.artefact()
-    workload = replace(artefact.workload, **changes)
-    tree = tree_at(machine.package)
-    lookup = tree.lookup(workload, H100)
-    other = replace(artefact, workload=workload, gate_up_file=lookup.gate_up, down_file=lookup.down)
-    save_artefact(machine.home, other)
-    return artefact, other
 
 
 def test_both_files_picked_up(machine):
@@ -209,183 +190,9 @@ def test_one_joint_file_is_moefixs_too(tmp_path, trees, driver, models, compiled
     assert state.files == (name,)
 
 
-# --- asking ----------------------------------------------------------------------------------------------------------
-
-
-def asked_env(*lines, **more):
-    return {"ASKED_LINES": json.dumps(lines)} | more
-
-
-def test_asked_once(machine):
-    rules, other = artefact_of(machine, number_format=NumberFormat.FP8_W8A8)
-    env = lines_env(other.gate_up_file, other.down_file) | asked_env(other.gate_up_file, other.down_file)
-    result = machine.run(*machine.flags, "--moefix-ask", env=env)
-    assert result.served, result.err
-    assert "SGLang looks for " + other.gate_up_file in result.err
-    assert "picked up both files: " + other.gate_up_file in verdict_lines(result)[-1]
-    argv = json.loads((machine.record.parent / "record.asked").read_text())["argv"]
-    assert argv[: len(machine.flags)] == list(machine.flags)
-    assert argv[argv.index("--json-model-override-args") + 1] == '{"num_hidden_layers": 1}'
-    assert argv[argv.index("--max-running-requests") + 1] == "8"
-    ports = [argv[at + 1] for at, word in enumerate(argv) if word == "--port"]
-    assert ports[0] == "31000"
-    assert ports[1] != "31000"
-    assert fakes.eventually(lambda: fakes.processes_with("RECORD", str(machine.record)) == set())  # the child too
-    (machine.record.parent / "record.asked").unlink()
-    again = machine.run(*machine.flags, "--moefix-ask", env=env)
-    assert "asking SGLang" not in again.err
-    assert not (machine.record.parent / "record.asked").exists()
-    assert installed(machine, other)
-    assert rules.gate_up_file not in verdict_lines(again)[-1]
-
-
-def test_asked_and_it_looks_for_nothing(machine):
-    machine.artefact()
-    result = machine.run(*machine.flags, "--moefix-ask", env=lines_env(READY) | asked_env(READY))
-    assert result.served
-    assert "looks for no MoE file" in result.err
-    assert "as expected" in verdict_lines(result)[-1]
-
-
-def test_an_answer_that_does_not_come_leaves_it_to_the_rules(machine):
-    artefact = machine.artefact()
-    ends = SERVER.replace(
-        "    time.sleep(600)\ntime", "    sys.exit('RuntimeError: no such card for hf_abcd1234')\ntime"
-    )
-    (machine.package / "launch_server.py").write_text(ends)
-    result = machine.run(*machine.flags, "--moefix-ask", env=lines_env(artefact.gate_up_file, artefact.down_file))
-    assert result.served
-    assert "RuntimeError: no such card for ***; going by moefix's rules" in result.err
-    assert installed(machine, artefact)
-    assert b"no such card" in (machine.home / "ask.log").read_bytes()
-    strict = machine.run(*machine.flags, "--moefix-ask", "--moefix-strict")
-    assert strict.code in (SGLangError.exit_code, TuneError.exit_code)
-    assert strict.record is None
-    assert "RuntimeError: no such card" in strict.err
-
-
-def asked_process(machine):
-    """The SGLang that is asked, once it runs."""
-    asked = machine.record.parent / "record.asked"
-    assert fakes.eventually(lambda: asked.exists() and asked.read_text().endswith("}"), 60)
-    return json.loads(asked.read_text())["pid"]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_asking_ends_all_of_it(machine, number):
-    took = []
-    for _ in range(3):
-        (machine.record.parent / "record.asked").unlink(missing_ok=True)
-        process = machine.start(*machine.flags, "--moefix-ask")
-        asked_process(machine)
-        (state,) = [each for each in states(machine.home) if each.pid == process.pid]
-        assert (state.phase, state.detail) == (Phase.ASKING, "SGLang, which file it looks for")
-        began = time.monotonic()
-        process.send_signal(number)
-        _, err = process.communicate(timeout=60)
-        took.append(time.monotonic() - began)
-        assert process.returncode == 128 + number, err
-        assert "Traceback" not in err
-        assert fakes.eventually(lambda: fakes.processes_with("RECORD", str(machine.record)) == set(), 5)
-        assert states(machine.home)[0].phase is Phase.ENDED
-    assert min(took) < 1.5  # docker stop's ten seconds are shared; a busy machine adds what it likes to one of them
-    assert max(took) < 10
-
-
-def test_a_signal_while_sglang_is_being_started_leaves_nothing(machine):
-    for step in range(8):
-        process = machine.start(*machine.flags, "--moefix-ask")
-        assert any("asking SGLang" in line for line in process.stderr)
-        time.sleep(step * 0.0025)
-        process.terminate()
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == 143, err
-        assert fakes.eventually(lambda: fakes.processes_with("RECORD", str(machine.record)) == set(), 5)
-
-
-def test_the_asked_sglang_dies_with_a_killed_moefix(machine):
-    process = machine.start(*machine.flags, "--moefix-ask")
-    pid = asked_process(machine)
-    try:
-        process.kill()
-        process.communicate(timeout=60)
-        # Its own children are SGLang's affair: they die with their parent there, and not in this stand-in.
-        assert fakes.eventually(lambda: pid not in fakes.processes_with("RECORD", str(machine.record)), 5)
-    finally:
-        for left in fakes.processes_with("RECORD", str(machine.record)):
-            os.kill(left, signal.SIGKILL)
-
-
-def test_no_secret_reaches_the_asked_server_nor_its_log(machine):
-    artefact = machine.artefact()
-    says = r"""api_key='in the config', admin_api_key=\"it's\", level='info', of={'api_key': 'as a dict'} hf_abcdef12"""
-    spelt = SERVER.replace("moe_a2a_backend='none')", f"moe_a2a_backend='none', {says})")
-    (machine.package / "launch_server.py").write_text(spelt)
-    secrets = ("--api-key", "sk-secret", "--admin-api=sk-secret", "--ssl-keyfile", "key.pem", "--ssl-certfile=c.pem")
-    env = asked_env(artefact.gate_up_file, artefact.down_file)
-    result = machine.run(*machine.flags, *secrets, "--moefix-ask", "--moefix-skip-download", env=env)
-    assert result.served, result.err
-    assert [word for word in secrets if word in result.record["argv"]] == list(secrets)
-    argv = json.loads((machine.record.parent / "record.asked").read_text())["argv"]
-    assert set(argv).isdisjoint(secrets)
-    log = (machine.home / "ask.log").read_text()
-    for secret in ("in the config", "it's", "as a dict", "hf_abcdef12"):
-        assert secret not in log
-    assert "moe_a2a_backend='none', api_key=***, admin_api_key=***, level='info', of={'api_key': ***} ***)" in log
-    assert "Using " in log
-
-
-def test_asking_waits_for_a_turn_and_takes_the_answer_of_another(machine):
-    artefact = machine.artefact()
-    path = asking.record_path(machine.home, first_question(machine_situation(machine)))
-    (machine.home / "asked").mkdir()
-    with turn(machine.home, H100, Silent()):
-        process = machine.start(*machine.flags, "--moefix-ask", env=lines_env(artefact.gate_up_file))
-
-        def phase():
-            return next((each.phase for each in states(machine.home) if each.pid == process.pid), None)
-
-        assert fakes.eventually(lambda: phase() is Phase.WAITING, 60)
-        time.sleep(0.5)
-        assert not (machine.record.parent / "record.asked").exists()
-        question = first_question(machine_situation(machine))
-        kept = asking.Asked(question, artefact.gate_up_file, artefact.down_file, "asking", "2026-11-24T00:00:00Z")
-        path.write_text(kept.to_json())
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 41, err
-    assert "SGLang looked for " + artefact.gate_up_file + " when asked, as worked out" in err
-    assert not (machine.record.parent / "record.asked").exists()
-    assert states(machine.home)[0].detail != "waiting"
-
-
 def machine_situation(machine):
     flags = parse_flags(machine.flags)
     return asking_situation(load_model("", flags), flags, tree_at(machine.package))
-
-
-def test_two_kinds_of_card_are_asked_about_once(machine):
-    _, other = artefact_of(machine, number_format=NumberFormat.FP8_W8A8)
-    env = asked_env(other.gate_up_file, other.down_file) | {"CUDA_VISIBLE_DEVICES": "1,0", "FAKE_TORCH": ""}
-    result = machine.run(*machine.flags, "--moefix-ask", env=env)
-    assert result.served, result.err
-    assert result.err.count("asking SGLang itself") == 1
-    assert "no file for" not in result.err
-    named = f"SGLang looked for {other.gate_up_file} when asked; tuning exactly that"
-    for card in ("NVIDIA H100 80GB HBM3", "NVIDIA GeForce RTX 4090"):
-        assert f"on {card}, SGLang 0.5.17: {named}" in result.err
-    assert "nothing to tune" not in result.err
-    assert len(list((machine.home / "asked").glob("*.json"))) == 1
-
-
-def test_an_uncertain_model_is_asked_about_without_being_told(machine, models):
-    config = json.loads((machine.model / "config.json").read_text())
-    (machine.model / "config.json").write_text(json.dumps(config | {"architectures": ["SomethingMoeForCausalLM"]}))
-    wanted = "E=8,N=64,device_name=NVIDIA_H100_80GB_HBM3.json"
-    env = asked_env(wanted, wanted.replace(".json", "_down.json")) | {"FAKE_TORCH": ""}
-    result = machine.run(env=env)
-    assert result.served
-    assert "SGLang looks for " + wanted in result.err
-    assert "as worked out" in result.err
 
 
 # --- while it runs ---------------------------------------------------------------------------------------------------
