@@ -7,8 +7,7 @@ The server that moefix becomes keeps the process id, and with it the file: from 
 Beside it lies `run/<run id>.lock`, which the process has locked (flock) as long as it lives, the server that moefix
 becomes too: the kernel frees it, so all that share the data folder see an end that nobody could write down.
 
-The health check needs none of that: it finds the server among the running processes, by `MOEFIX_RUN` in its
-environment. The data folder may be read-only, full, or another one.
+The health check needs none of that (`base.running_servers`): the data folder may be read-only, full, or another one.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from fixer.base.errors import MoefixError, StoreError
 from fixer.base.files import read_bounded, safe_name, utc_now, write_atomically
 from fixer.base.locks import hold
 from fixer.base.status import Phase, Share, Status, lock_path, state_path
-from fixer.base.status_reading import OVER, current_states, remove
+from fixer.base.status_reading import current_states
 
 if TYPE_CHECKING:
     from fixer.base.progress import Progress
@@ -93,10 +92,7 @@ def new_board(home: Path, now: Callable[[], float] = time.monotonic) -> Board:
     status = Status(host, os.getpid(), began, began, run=run)
     board = Board(status, state_path(home, run), now)
     board.live()
-    for old in current_states(home):
-        # A restarted container is process 1 again: one ended run of it is shown, and not each restart of a day.
-        if (old.host, old.pid) == (host, os.getpid()) and old.phase in OVER:
-            remove(home, old)
+    current_states(home, begins=status)
     board.update()
     return board
 

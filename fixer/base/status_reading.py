@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fixer.base.files import read_bounded
 from fixer.base.locks import is_held
+from fixer.base.running_servers import may_serve, running_servers
 from fixer.base.status import Phase, Share, Status, lock_path, state_path
 
 
@@ -34,11 +35,15 @@ HEALTH_SECONDS = 4.0
 OVER = (Phase.ENDED, Phase.FAILED)
 
 
-def current_states(home: Path) -> tuple[Status, ...]:
+def current_states(home: Path, begins: Status | None = None) -> tuple[Status, ...]:
     """The states in a data folder as they are now: this host's first, the newest first.
 
     A process that is gone without a word has ended: one whose lock is free, or one of this host without a lock that
     does not run. Files of processes that ended long ago are removed.
+
+    Args:
+        begins: a run that begins. Ended ones of its host and process id are removed: a container that restarts is
+            process 1 each time, and would leave a file for each restart of a day.
     """
     here = socket.gethostname()
     found = []
@@ -46,8 +51,11 @@ def current_states(home: Path) -> tuple[Status, ...]:
         now, path = status, state_path(home, status.run)
         if status.phase not in OVER and not _lives(status, path, here):
             now = replace(status, phase=Phase.ENDED, detail=f"gone while {status.phase.value}")
-        if now.phase in OVER and _age(status.updated) > KEPT_SECONDS:
-            remove(home, now)
+        same = begins is not None and (status.host, status.pid) == (begins.host, begins.pid)
+        if now.phase in OVER and (same or _age(status.updated) > KEPT_SECONDS):
+            for file in (path, lock_path(path)):
+                with contextlib.suppress(OSError):
+                    file.unlink()
             continue
         found.append(now)
     return tuple(sorted(found, key=lambda status: status.host != here))
@@ -112,43 +120,6 @@ def lines(status: Status) -> tuple[str, ...]:
     return tuple(f"{name:<9}{text}" for name, text in rows if text)
 
 
-RUN_VARIABLE = "MOEFIX_RUN"
-"""An environment variable of the server that a moefix has become: its run's id, a blank, its address."""
-
-
-def run_variable(status: Status) -> tuple[str, str]:
-    """The environment variable that has the health check find the server."""
-    return RUN_VARIABLE, f"{status.run} {status.url}"
-
-
-def environment(process: Path) -> dict[str, str]:
-    """The environment that a process was started with.
-
-    Args:
-        process: its folder in /proc.
-
-    Raises:
-        OSError: it is another user's, or gone.
-    """
-    texts = (variable.decode("utf-8", "replace") for variable in (process / "environ").read_bytes().split(b"\0"))
-    return {name: value for name, _, value in (text.partition("=") for text in texts)}
-
-
-def running_servers(proc: Path = Path("/proc")) -> dict[str, str]:
-    """The servers that this process namespace shows: run ids and addresses.
-
-    A server's children have its environment too; the process id in the run's id says which process it is itself.
-    """
-    found = {}
-    for process in proc.iterdir() if proc.is_dir() else ():
-        if process.name.isdecimal():
-            with contextlib.suppress(OSError):
-                run, _, url = environment(process).get(RUN_VARIABLE, "").partition(" ")
-                if run.split("-")[-2:-1] == [process.name]:
-                    found[run] = url
-    return found
-
-
 def health(home: Path, seconds: float = HEALTH_SECONDS) -> tuple[bool, str]:
     """Whether the server here answers, and in one line what it does.
 
@@ -161,7 +132,7 @@ def health(home: Path, seconds: float = HEALTH_SECONDS) -> tuple[bool, str]:
     servers = {run: url for run, url in servers.items() if run in mine} or servers
     if not servers:  # or another user's, whose environment cannot be read
         ready = [status for status in mine.values() if status.phase is Phase.SERVING and status.url]
-        servers = {status.run: status.url for status in ready[:1] if may_serve_here(status)}
+        servers = {status.run: status.url for status in ready[:1] if may_serve(status.pid, status.run)}
     for run, url in servers.items():
         fault = _unhealthy(url, seconds)
         if fault:
@@ -194,19 +165,3 @@ def _unhealthy(url: str, seconds: float) -> str:
     except (OSError, ValueError, http.client.HTTPException) as fault:
         return f"{url} does not answer ({getattr(fault, 'strerror', None) or type(fault).__name__})"
     return "" if code == 200 else f"{url}/health answers {code}"
-
-
-def may_serve_here(status: Status) -> bool:
-    """Whether a state that says so can be of a server here: a container of the same host name has its own process 1."""
-    try:
-        return environment(Path(f"/proc/{status.pid}")).get(RUN_VARIABLE, "").startswith(f"{status.run} ")
-    except OSError:
-        return True
-
-
-def remove(home: Path, status: Status) -> None:
-    """Take away a run's state and its lock."""
-    path = state_path(home, status.run)
-    for file in (path, lock_path(path)):
-        with contextlib.suppress(OSError):
-            file.unlink()

@@ -13,9 +13,9 @@ from fixer.artefacts.baked import with_baked_command
 from fixer.artefacts.install import Installation
 from fixer.base.data_folder import data_home, passing_folder
 from fixer.base.errors import StoreError
+from fixer.base.running_servers import run_variable
 from fixer.base.status import Phase
 from fixer.base.status_board import Board, new_board, posted
-from fixer.base.status_reading import run_variable
 from fixer.base.voice import Voice
 from fixer.model.download.download import downloading
 from fixer.serve.asking import Asking
@@ -72,7 +72,7 @@ def become(
     environment = {name: value for installation in installations for name, value in installation.env}
     files = dict.fromkeys(path.name for each in installations for path in (each.gate_up_path, each.down_path))
     board.update(phase=Phase.SERVING, detail="SGLang is starting", files=tuple(files), url=server_url(situation.flags))
-    environment.update([run_variable(board.status)])
+    environment.update([run_variable(board.status.run, board.status.url)])
     relay = relay_settings(situation, installations, run.home, board.path, quiet=run.options.quiet)
     become_server(reachable(argv, situation.flags.host), environment.items(), relay)
 

@@ -1,8 +1,8 @@
 """The lines of SGLang's log that say something of tuning files, as data.
 
 `get_moe_configs` (fused_moe_triton_config.py; 0.4.x: fused_moe.py) writes the look-up's lines, `http_server.py` the one
-about being ready, `engine.py` its arguments. What the look-up writes is read off the user's own tree (`wordings_of`);
-the list here is for where there is none, and has the words of every release from 0.4.6 to 0.5.23.
+about being ready, `engine.py` its arguments. What the look-up writes is read off the user's own tree
+(`sglang.log_wordings`); the list here is for where there is none, and has the words of all from 0.4.6 to 0.5.23.
 
 Every rank repeats a line behind a prefix of its own, `[2026-11-23 23:48:52 TP1] ` (utils/common.py, configure_logger);
 a progress bar's piece may stand before it, ended by a carriage return or by nothing. A line counts only from its
@@ -11,9 +11,8 @@ beginning on, so that a prompt inside a line of the request log is none of SGLan
 
 from __future__ import annotations
 
-import ast
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -102,7 +101,7 @@ Patterns = tuple[tuple[Said, re.Pattern[str]], ...]
 
 
 def patterns_for(wordings: Iterable[Wording] = ()) -> Patterns:
-    """What to look for: a tree's own words (`wordings_of`) first, then those of the known releases."""
+    """What to look for: a tree's own words (`log_wordings.wordings_of`) first, then those of the known releases."""
     words = dict.fromkeys((*((said, text) for said, text in wordings), *WORDING.items()))
     return (*((said, _pattern(said, text)) for said, text in words), *_FIXED)
 
@@ -153,71 +152,3 @@ def read_line(text: str, patterns: Patterns = _KNOWN) -> LogLine | None:
 
 QUIET_LEVELS = ("warning", "error", "critical")
 """`--log-level` values at which USING and READY are not written."""
-
-
-# --- the words of a tree ---------------------------------------------------------------------------------------------
-
-LOOK_UP = "get_moe_configs"
-"""The function that looks for a file and logs what it found."""
-
-
-def wordings_of(source: str) -> tuple[Wording, ...]:
-    """What the look-up of a tree writes into the log.
-
-    Each text of a logging call in `get_moe_configs` is judged by its form: two paths are a fallback; a path behind "not
-    found" was not found; any other path was read; without a path it is the word about determinism.
-
-    Args:
-        source: the module with the look-up.
-
-    Returns:
-        Nothing where the source is not Python or has no such function.
-    """
-    try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return ()
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == LOOK_UP]
-    calls = [node for function in functions for node in ast.walk(function) if isinstance(node, ast.Call)]
-    found = (_wording(call.args) for call in calls if _logs(call.func))
-    return tuple(dict.fromkeys(wording for wording in found if wording is not None))
-
-
-def _logs(function: ast.expr) -> bool:
-    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
-    return name.startswith(("info", "warning", "error", "log_info", "log_warning"))
-
-
-def _wording(arguments: Sequence[ast.expr]) -> Wording | None:
-    """The words of one logging call, None where they speak of no file."""
-    texts = [node for node in arguments if isinstance(node, ast.JoinedStr) or _is_text(node)]
-    if not texts:
-        return None
-    values = iter(arguments[arguments.index(texts[0]) + 1 :])
-    pieces: list[str] = []
-    for piece in texts[0].values if isinstance(texts[0], ast.JoinedStr) else [texts[0]]:
-        if isinstance(piece, ast.FormattedValue):
-            pieces.append(_filled(piece.value))
-        elif isinstance(piece, ast.Constant):
-            spread = re.split("(%[sd])", str(piece.value)) if isinstance(texts[0], ast.Constant) else [str(piece.value)]
-            pieces += [_filled(next(values, None)) if part in ("%s", "%d") else part for part in spread]
-    words = "".join(pieces)
-    paths = words.count("%s")
-    if paths:
-        # Up to what follows the last path, so that the path has an end.
-        words = words[: words.rindex("%s") + 3]
-    said = {0: Said.DETERMINISTIC, 1: Said.USING, 2: Said.FALLBACK}.get(paths)
-    if paths == 1 and "not found at %s" in words:
-        said = Said.REUSED_UP if words.startswith("Down ") or "down_moe=False" in words else Said.DEFAULT
-    if said is None or (said is Said.DETERMINISTIC and "eterministic" not in words):
-        return None
-    return said, words
-
-
-def _is_text(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str)
-
-
-def _filled(value: ast.expr | None) -> str:
-    """What stands for a value in the words: a path where its name says so."""
-    return "%s" if value is not None and "path" in ast.unparse(value) else "%v"

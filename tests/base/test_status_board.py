@@ -18,21 +18,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fixer.base import running_servers as running_servers_module
 from fixer.base.errors import TuneError
 from fixer.base.locks import is_held
 from fixer.base.progress import Silent
+from fixer.base.running_servers import running_servers
 from fixer.base.status import Phase, Share, Status, lock_path, state_path
 from fixer.base.status_board import OnBoard, new_board, posted, resume_board
-from fixer.base.status_reading import (
-    current_states,
-    health,
-    is_alive,
-    lines,
-    running_servers,
-    share_text,
-    states,
-    summary,
-)
+from fixer.base.status_reading import current_states, health, is_alive, lines, share_text, states, summary
 from fixer.cli import main
 from tests.support import fakes
 
@@ -44,6 +37,16 @@ OLD, NEW = "2026-01-01T00:00:00Z", "2099-01-01T00:00:00Z"
 def looks_like_moefix(monkeypatch):
     """The tests' own process counts as one of moefix's."""
     monkeypatch.setattr("fixer.base.status_reading.is_alive", lambda pid: pid == os.getpid() or is_alive(pid))
+
+
+@pytest.fixture(autouse=True)
+def processes(monkeypatch, tmp_path_factory):
+    """A /proc with the tests' own processes only: others on this machine may run servers too."""
+    folder = tmp_path_factory.mktemp("proc")
+    monkeypatch.setattr("fixer.base.running_servers.PROC", folder)
+    (folder / str(os.getpid())).symlink_to(f"/proc/{os.getpid()}")
+    (folder / "self").symlink_to("/proc/self")
+    return folder
 
 
 def write(home, **changes):
@@ -291,12 +294,18 @@ def server(code):
         running.shutdown()
 
 
+def show(process):
+    """Have a process be among those that the tests see."""
+    (running_servers_module.PROC / str(process.pid)).symlink_to(f"/proc/{process.pid}")
+
+
 @contextmanager
 def process_with(url, run="box-{}-0a"):
     """A process that looks like the server that a moefix has become: its run's id and its process id."""
     program = f'{sys.executable} -c "import time; time.sleep(60)" sglang.launch_server'
     process = subprocess.Popen(["sh", "-c", f'exec env MOEFIX_RUN="{run.format("$$")} {url}" {program}'])
     try:
+        show(process)
         assert fakes.eventually(lambda: run.format(process.pid) in running_servers())
         yield process.pid, run.format(process.pid)
     finally:
@@ -350,7 +359,7 @@ def test_a_server_of_another_user_is_found_by_its_state(tmp_path, monkeypatch):
     def forbidden(_):
         raise PermissionError
 
-    monkeypatch.setattr("fixer.base.status_reading.environment", forbidden)
+    monkeypatch.setattr("fixer.base.running_servers.started_with", forbidden)
     with server(200) as url:
         write(tmp_path, phase=Phase.SERVING, url=url)
         assert health(tmp_path) == (True, f"healthy: {url}")
@@ -361,7 +370,8 @@ def test_a_servers_children_are_not_taken_for_it():
         assert running_servers()[run] == "http://x"
         child = subprocess.Popen(["sleep", "60"], env={"MOEFIX_RUN": f"{run} http://x"})
         try:
-            assert sum(url == "http://x" for url in running_servers().values()) == 1
+            show(child)
+            assert running_servers() == {run: "http://x"}
         finally:
             child.kill()
             child.wait()

@@ -16,7 +16,8 @@ from fixer.serve.log.settings import Settings
 from fixer.serve.log.verdict import Expected
 from fixer.serve.situation import Situation
 from fixer.sglang.flags import ServerFlags
-from fixer.sglang.log_lines import Wording, wordings_of
+from fixer.sglang.log_lines import Wording
+from fixer.sglang.log_wordings import wordings_of
 from fixer.sglang.lookup import LOOKUP_SOURCES
 from fixer.workload import Projection
 

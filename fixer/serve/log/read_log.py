@@ -2,8 +2,7 @@
 
 A process of its own beside the relay (`fixer.serve.log.relay`), which offers it what went out and drops what it has
 no time for. Whatever goes wrong here ends this process and nothing else: an exception is handed to the relay, a step
-of more than `STEP_SECONDS` is ended by the kernel (SIGALRM), and memory has a limit. It runs at a low priority, so that
-a flood of lines is read with the time that SGLang and the relay leave.
+of more than `STEP_SECONDS` is ended by the kernel (SIGALRM), and memory has a limit.
 
 Only lines that begin with SGLang's own prefix count for the verdict (`sglang_log.own_message`). What remains possible:
 who gets raw line ends into SGLang's log, by a parser that logs the model's output, and writes the prefix too, can have
@@ -15,7 +14,6 @@ where this SGLang looks. An explanation of an error can be provoked at any time:
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import re
 import resource
@@ -53,9 +51,6 @@ STEP_SECONDS = 10
 
 MEMORY = 32 << 20
 """Bytes that this process may need beyond what it has at its start."""
-
-NICENESS = 10
-"""How much less of a busy processor it gets than the server."""
 
 KEEP_SECONDS = 5.0
 """How long the last notes may take after the server's end: a slow disk."""
@@ -97,9 +92,7 @@ def read_along(settings: Settings, link: socket.socket) -> None:
 
 
 def _limit() -> None:
-    """Take less of the processor than the server, and a bounded part of the memory."""
-    with contextlib.suppress(OSError):
-        os.nice(NICENESS)
+    """Have the kernel refuse more memory than this process may need."""
     threading.stack_size(1 << 19)
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()

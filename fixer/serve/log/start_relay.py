@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fixer
 from fixer.serve.log.settings import Settings
 
 PIPE_BYTES = 1 << 20
@@ -63,7 +64,16 @@ def _launch(settings: Settings, streams: list[tuple[int, int]]) -> bool:
     """Start the relay and wait for its sign of life."""
     ready, sign = os.pipe()
     words = [f"{source}:{target}" for source, target in streams]
-    command = [sys.executable, "-I", "-S", "-c", _BOOT, str(Path(__file__).resolve().parents[3]), str(sign), *words]
+    command = [
+        sys.executable,
+        "-I",
+        "-S",
+        "-c",
+        _BOOT,
+        str(Path(fixer.__file__).resolve().parents[1]),
+        str(sign),
+        *words,
+    ]
     try:
         process = subprocess.Popen(
             command,

@@ -60,7 +60,7 @@ class Expected:
         lazy: neither graphs nor a warm-up run the model before the server is ready.
         limits: what a name that moefix did not work out must keep to, to be this model's.
         own_form: SGLang's log has a form of the user's own (SGLANG_LOGGING_CONFIG_PATH), which moefix cannot read.
-        wordings: what the look-up of the user's own tree writes (`sglang_log.wordings_of`), as (kind, words).
+        wordings: what the look-up of the user's own tree writes (`log_wordings.wordings_of`), as (kind, words).
     """
 
     pairs: tuple[tuple[str, str], ...] = ()
@@ -172,8 +172,6 @@ def judge(expected: Expected, seen: Seen, *, settled: bool) -> Verdict | None:
     Args:
         settled: no new look-up came for a while, so that half a pair means that the other half is missing.
     """
-    if expected.own_form:
-        return Verdict(Outcome.UNSEEN, _OWN_FORM) if expected.asks else None
     taken = _taken(expected, seen)
     if taken is not None:
         return taken
@@ -191,13 +189,9 @@ def judge(expected: Expected, seen: Seen, *, settled: bool) -> Verdict | None:
     return verdict
 
 
-_BY_ABSENCE = (Outcome.PARTLY, Outcome.NEVER, Outcome.AS_EXPECTED, Outcome.ENDED)
-"""Outcomes that rest on a line that was not there."""
-
+_BY_ABSENCE = (Outcome.PARTLY, Outcome.NEVER, Outcome.AS_EXPECTED, Outcome.ENDED)  # a line was not there
 _LOST = "SGLang's log came faster than moefix reads along: which MoE files SGLang took was not seen"
-_OWN_FORM = (
-    "SGLANG_LOGGING_CONFIG_PATH gives SGLang's log a form of its own: which MoE files SGLang takes cannot be seen in it"
-)
+_OWN_FORM = "SGLANG_LOGGING_CONFIG_PATH gives SGLang's log a form of its own: moefix may not see which files it takes"
 
 
 def _taken(expected: Expected, seen: Seen) -> Verdict | None:
@@ -258,12 +252,9 @@ def _other_file(expected: Expected, seen: Seen, name: str) -> Verdict:
 def _own_look_ups(expected: Expected, seen: Seen) -> tuple[Seen, tuple[str, str] | None]:
     """What was seen without look-ups that cannot be this model's Triton kernel's; the first of those, and why not."""
     known, kernel = _known(expected), "" if expected.asks else expected.kernel
-    foreign: dict[str, str] = {}
-    for path in seen.paths:
-        folder, name = os.path.split(path)
-        why = "" if up_name(name) in known else why_not(f"{folder}/{up_name(name)}", expected.limits, kernel)
-        if why:
-            foreign[path] = why
+    strange = [path for path in seen.paths if up_name(os.path.basename(path)) not in known]
+    whys = {path: why_not(up_name(path), expected.limits, kernel) for path in strange}
+    foreign = {path: why for path, why in whys.items() if why}
     if not foreign:
         return seen, None
     own = replace(
@@ -306,6 +297,8 @@ def _not_yet(expected: Expected, seen: Seen) -> Verdict | None:
             Outcome.NOT_YET,
             "SGLang has not looked for a MoE file yet: without CUDA graphs and warm-up it does so at the first request",
         )
+    if expected.asks and expected.own_form:
+        return Verdict(Outcome.UNSEEN, _OWN_FORM)
     if expected.asks and expected.log_level in QUIET_LEVELS:
         missing = "; it would say that one is missing" if expected.log_level == "warning" else ""
         return Verdict(

@@ -34,9 +34,9 @@ QUIET = Settings(Expected(asks=False))
 
 STARTER = """
 import os, sys
-from fixer import relay
 from fixer.serve.log.settings import Settings; from fixer.serve.log.start_relay import start_relay
-relay._BOOT = relay._BOOT.replace("; from fixer", "\\n" + os.environ.get("RELAY_BOOT", "") + "\\nfrom fixer")
+names = start_relay.__globals__
+names["_BOOT"] = names["_BOOT"].replace("; from fixer", "\\n" + os.environ.get("RELAY_BOOT", "") + "\\nfrom fixer")
 assert start_relay(Settings.from_json(sys.argv[1])), "no relay"
 os.execv(sys.executable, [sys.executable, "-c", sys.argv[2], *sys.argv[3:]])
 """
@@ -189,7 +189,7 @@ def rss(pid: int) -> int:
 def test_it_is_no_bottleneck(word, least):
     """The output in a pipe with a fast reader, as in Docker; lines of 160 bytes.
 
-    The best of five tries, since other tests run beside this one; then an eighth of the speed without a relay counts.
+    Where more processes want to run than there are cores, only a share is to be had, and less counts accordingly.
     """
     program = """
 import os, sys, time
@@ -201,23 +201,20 @@ while count < 200_000_000:
 os.write(2, b"%d %f" % (count, count / (time.monotonic() - began)))
 """
 
-    def speed(process):
+    share = min(1.0, (os.cpu_count() or 1) / max(os.getloadavg()[0], 1.0))
+    best = 0.0
+    for _ in range(3):
+        process = Server(program, word.decode()).process
         counter = subprocess.Popen(["wc", "-c"], stdin=process.stdout, stdout=subprocess.PIPE)
         process.stdout.close()
         count, speed = process.stderr.read().split()
         process.wait(60)
         assert int(counter.communicate()[0]) == int(count)
-        return float(speed)
-
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    relayed = 0.0
-    for _ in range(5):
-        straight = speed(subprocess.Popen([sys.executable, "-c", program, word.decode()], **pipes))
-        relayed = max(relayed, speed(Server(program, word.decode()).process))
-        if relayed >= min(least, straight / 8):
+        best = max(best, float(speed))
+        if best >= least * share:
             break
-    print(f"[relay: {relayed / 1e6:.0f} MB/s, without: {straight / 1e6:.0f}]", end=" ")
-    assert relayed >= min(least, straight / 8)
+    print(f"[relay: {best / 1e6:.0f} MB/s, share of the processor {share:.2f}]", end=" ")
+    assert best >= least * share
 
 
 # --- signals and readers ---------------------------------------------------------------------------------------------
@@ -332,7 +329,7 @@ def test_a_reader_that_is_killed_is_said_once_and_loses_no_byte():
 
 def test_a_reader_that_takes_nothing_is_given_up():
     program = "import os, time\nwhile True:\n    os.write(2, b'x' * 9999 + b'\\n')\n    time.sleep(0.001)\n"
-    server = Server(program, boot="import fixer.serve.log.relay\nfixer.relay.STUCK_SECONDS = 0.5")
+    server = Server(program, boot="import fixer.serve.log.relay as relay\nrelay.STUCK_SECONDS = 0.5")
     err = Kept(server.process.stderr)
     assert fakes.eventually(lambda: server.reader, 20)
     os.kill(server.reader, signal.SIGSTOP)
@@ -347,6 +344,12 @@ def test_a_reader_that_takes_nothing_is_given_up():
 
 # --- whatever goes wrong while lines are read ------------------------------------------------------------------------
 
+MODULES = """
+import fixer.serve.log.read_log as read_log
+import fixer.serve.log.diagnose as diagnose
+import fixer.sglang.log_lines as sglang_log
+import fixer.serve.log.verdict as verdict
+"""
 SABOTAGE = {
     "raises": ("def bad(*_, **__):\n    raise ValueError('embedded null byte')", "ValueError: embedded null byte"),
     "hangs": ("def bad(*_, **__):\n    while True: pass", "it hung"),
@@ -369,8 +372,7 @@ PLACES = ("sglang.log_lines.own_message", "serve.log.diagnose.find", "serve.log.
 )
 def test_what_goes_wrong_there_is_said_once_and_the_bytes_go_on(kind, place):
     sabotage, words = SABOTAGE[kind]
-    boot = "import fixer.serve.log.read_log, fixer.serve.log.verdict\nfixer.serve.log.read_log.STEP_SECONDS = 1\n"
-    boot += f"{sabotage}\nfixer.{place} = bad"
+    boot = f"{MODULES}\nread_log.STEP_SECONDS = 1\n{sabotage}\n{place} = bad"
     lines = [STAMP + using(UP), "RuntimeError: CUDA out of memory", STAMP + READY]
     program = SAY + "sys.stdin.readline()\nfor n in range(9000):\n    os.write(2, b'%01000d\\n' % n)\n"
     server = Server(program, *lines, settings=Settings(EXPECTED), boot=boot, stdin=subprocess.PIPE)
@@ -549,10 +551,11 @@ def test_on_a_terminal():
 
 
 def test_closed_outputs_mean_no_relay():
-    program = (
-        "from fixer.serve.log.settings import Settings\nfrom fixer.serve.log.start_relay import start_relay\n"
-        "import os\nprint(start_relay(Settings()), file=open(os.environ['R'], 'w'))"
-    )
+    program = """
+import os
+from fixer.serve.log.settings import Settings; from fixer.serve.log.start_relay import start_relay
+print(start_relay(Settings()), file=open(os.environ["R"], "w"))
+"""
     for closing in ("2>&-", ">&-", ">&- 2>&-"):
         result = Path(f"/tmp/moefix-relay-{uuid.uuid4().hex}")
         command = ["sh", "-c", f'exec "{sys.executable}" -c "$1" {closing}', "sh", program]
@@ -563,10 +566,9 @@ def test_closed_outputs_mean_no_relay():
 
 def test_a_relay_that_cannot_start_changes_nothing(tmp_path):
     program = """
-import sys
-from fixer import relay
-relay._BOOT = "raise SystemExit"
-print(relay.start_relay(relay.Settings()), flush=True)
+from fixer.serve.log.settings import Settings; from fixer.serve.log.start_relay import start_relay
+start_relay.__globals__["_BOOT"] = "raise SystemExit"
+print(start_relay(Settings()), flush=True)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert (done.stdout, done.stderr) == ("False\n", "")

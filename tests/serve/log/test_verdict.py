@@ -273,9 +273,12 @@ def test_what_was_not_read_is_no_ground_for_a_verdict(lines):
     assert "came faster than moefix reads" in verdict.text
 
 
-def test_with_a_form_of_the_users_own_the_log_says_nothing():
+def test_with_a_form_of_the_users_own_the_log_may_say_nothing():
     expected = Expected(pairs=EXPECTED.pairs, names=EXPECTED.names, own_form=True)
-    assert "SGLANG_LOGGING_CONFIG_PATH" in only(expected, READY).text
+    assert "SGLANG_LOGGING_CONFIG_PATH" in only(expected).text
+    assert (
+        verdicts(expected, using(UP), using(DOWN), READY)[-1].outcome is Outcome.TAKEN
+    )  # it may be SGLang's after all
 
 
 def test_lines_of_the_dense_kernel_change_nothing():
