@@ -36,16 +36,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from fixer.artefacts.artefact import Artefact  # noqa: E402
-from fixer.artefacts.environment import environment_of  # noqa: E402
-from fixer.artefacts.shelf import find_artefact, save_artefact  # noqa: E402
-from fixer.base.files import utc_now  # noqa: E402
-from fixer.serve.asked import Asked, find, keep  # noqa: E402
-from fixer.serve.asked_question import question_of  # noqa: E402
-from fixer.serve.options import split_flags  # noqa: E402
-from fixer.serve.situation import Situation, look_around  # noqa: E402
-from fixer.sglang.flags import parse_flags  # noqa: E402
-from fixer.workload import NumberFormat  # noqa: E402
+from fixer.artefacts.artefact import Artefact
+from fixer.artefacts.environment import environment_of
+from fixer.artefacts.shelf import find_artefact, save_artefact
+from fixer.base.files import utc_now
+from fixer.serve.asked import Asked, find, keep
+from fixer.serve.asked_question import question_of
+from fixer.serve.options import split_flags
+from fixer.serve.situation import Situation, look_around
+from fixer.sglang.flags import parse_flags
+from fixer.workload import NumberFormat
 
 VERDICT = re.compile(
     r"^moefix: (SGLang (?:picked up|asked for another|never looked|looked for|runs without|ended).*)", re.M

@@ -16,17 +16,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a clean checkout needs no installation
 
-from fixer.base.data_folder import data_home  # noqa: E402
-from fixer.base.errors import MoefixError, UsageError  # noqa: E402
-from fixer.machine.cards import Card, find_card  # noqa: E402
-from fixer.sglang.find_tree import find_tree  # noqa: E402
-from fixer.sglang.releases import PINNED  # noqa: E402
-from fixer.sglang.tree import Tree  # noqa: E402
-from fixer.tuning.search.replay import Recording, Regret, ReplayRunner  # noqa: E402
-from fixer.tuning.search.runner import run_search  # noqa: E402
-from fixer.tuning.search.search import Limits, Search  # noqa: E402
-from fixer.tuning.search.seeds import seeds  # noqa: E402
-from fixer.workload import NumberFormat, Workload  # noqa: E402
+from fixer.base.data_folder import data_home
+from fixer.base.errors import MoefixError, UsageError
+from fixer.machine.cards import Card, find_card
+from fixer.sglang.find_tree import find_tree
+from fixer.sglang.releases import PINNED
+from fixer.sglang.tree import Tree
+from fixer.tuning.search.replay import Recording, Regret, ReplayRunner
+from fixer.tuning.search.runner import run_search
+from fixer.tuning.search.search import Limits, Search
+from fixer.tuning.search.seeds import seeds
+from fixer.workload import NumberFormat, Workload
 
 
 @dataclass(frozen=True)

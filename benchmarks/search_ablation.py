@@ -21,18 +21,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from fixer.base.data_folder import data_home  # noqa: E402
-from fixer.kernel.space import AXES  # noqa: E402
-from fixer.machine.cards import Card, find_card  # noqa: E402
-from fixer.sglang.find_tree import find_tree  # noqa: E402
-from fixer.sglang.releases import PINNED  # noqa: E402
-from fixer.sglang.tree import TuningFile  # noqa: E402
-from fixer.tuning.search.replay import Recorded, Recording, Regret, ReplayRunner  # noqa: E402
-from fixer.tuning.search.runner import Look, Request, run_search  # noqa: E402
-from fixer.tuning.search.search import Search  # noqa: E402
-from fixer.tuning.search.seeds import seeds  # noqa: E402
-from fixer.tuning.search.trials import Timing  # noqa: E402
-from fixer.workload import Kernel, NumberFormat, Projection, Tile, Workload  # noqa: E402
+from fixer.base.data_folder import data_home
+from fixer.kernel.space import AXES
+from fixer.machine.cards import Card, find_card
+from fixer.sglang.find_tree import find_tree
+from fixer.sglang.releases import PINNED
+from fixer.sglang.tree import TuningFile
+from fixer.tuning.search.replay import Recorded, Recording, Regret, ReplayRunner
+from fixer.tuning.search.runner import Look, Request, run_search
+from fixer.tuning.search.search import Search
+from fixer.tuning.search.seeds import seeds
+from fixer.tuning.search.trials import Timing
+from fixer.workload import Kernel, NumberFormat, Projection, Tile, Workload
 
 LANDSCAPE = ROOT / "benchmarks/recordings/qwen3-30b-a3b-fp8-channel.h100.csv.gz"
 QWEN = Workload(128, 768, 2048, 8, NumberFormat.FP8_W8A8, per_channel_quant=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 from fixer.base.files import check_file_name
 from fixer.base.json_reading import Reader, field_names, parse_object, plain_json
+from fixer.sglang.releases import release_key
 from fixer.workload import NumberFormat, Tile, Workload, check_tile
 
 
@@ -123,8 +124,6 @@ class RowChoice:
             raise ValueError(f"M is {self.batch}, outside 1 to 16777216")
         if check_tile(self.gate_up).block_m != check_tile(self.down).block_m:
             raise ValueError(f"row {self.batch}: gate_up and down differ in BLOCK_SIZE_M")
-        if self.gate_up.use_tma:
-            raise ValueError(f"row {self.batch}: USE_TMA is for the down projection only")
         for value in (*self.times, *self.layer_times):
             if value is not None and not (math.isfinite(value) and 0 < value <= 1e9):
                 raise ValueError(f"row {self.batch}: {value} is no time in microseconds")
@@ -144,6 +143,15 @@ class RowChoice:
         return (self.layer_us, self.sglang_layer_us)
 
 
+MOST_NOTES, LONGEST_NOTE = 100, 4000
+"""Notes of an artefact, and characters of one."""
+
+
+def gate_up_may_describe(sglang: str) -> bool:
+    """Whether a release takes USE_TMA out of a gate-up file; 0.5.17 hands it to a kernel that does not know it."""
+    return release_key(sglang) >= (0, 5, 18)
+
+
 SCHEMA = 1
 
 
@@ -156,11 +164,13 @@ class Artefact:
         model: name, as the user gave it.
         revision: the hub's commit, "" where there is none.
         workload: the layer that was tuned.
-        gate_up_file, down_file: SGLang's names for the two files.
+        gate_up_file, down_file: SGLang's names for the two files; `down_file` is "" for a release that reads one joint
+            file, whose rows then have one tile for both projections.
         rows: by ascending batch size.
         created: UTC, "2026-11-23T22:58:01Z".
         seconds: what tuning took.
         measured: False where the tiles are only known to fit.
+        notes: what failed in single rows, one line each.
 
     Raises:
         ValueError: on construction, where the parts contradict one another.
@@ -176,12 +186,19 @@ class Artefact:
     created: str
     seconds: float
     measured: bool
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in (self.gate_up_file, self.down_file):
+        for name in filter(None, (self.gate_up_file, self.down_file)):
             check_file_name(name)
         if self.gate_up_file == self.down_file:
             raise ValueError("gate_up and down have one file name")
+        if not self.down_file and any(row.gate_up != row.down for row in self.rows):
+            raise ValueError("one joint file cannot hold a row of two tiles")
+        if any(row.gate_up.use_tma for row in self.rows) and not gate_up_may_describe(self.environment.sglang):
+            raise ValueError("USE_TMA breaks SGLang before 0.5.18 in a gate_up file")
+        if len(self.notes) > MOST_NOTES or any(len(note) > LONGEST_NOTE for note in self.notes):
+            raise ValueError("there are too many notes, or a note is too long")
         batches = [row.batch for row in self.rows]
         if not 1 <= len(batches) <= 1024 or any(low >= high for low, high in itertools.pairwise(batches)):
             raise ValueError("the rows are not 1 to 1024 ascending batch sizes")
@@ -230,6 +247,7 @@ def _read_artefact(reader: Reader) -> Artefact:
         created=reader.text("created"),
         seconds=reader.number("seconds"),
         measured=reader.flag("measured"),
+        notes=reader.texts("notes", LONGEST_NOTE),
     )
 
 

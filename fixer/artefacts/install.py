@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from fixer.artefacts.artefact import Artefact
+from fixer.artefacts.artefact import Artefact, gate_up_may_describe
 from fixer.artefacts.overlay import mirror_shipped
 from fixer.base.errors import StoreError
 from fixer.base.files import (
@@ -41,10 +41,10 @@ class Pair:
     """The two tuning files of one workload, or the joint one of a release that reads one for both projections.
 
     Attributes:
-        gate_up_name, down_name: SGLang's names for the files; `down_name` is "" for a joint file.
+        gate_up_name, down_name: SGLang's names for the files; `down_name` is "" where it reads one joint file.
         gate_up, down: a tile for each batch size M in tokens, both for the same M, each two sharing BLOCK_SIZE_M
-            (SGLang sorts tokens into blocks once for both, and would overrule the down projection's). In a joint file
-            both are the same.
+            (SGLang sorts tokens into blocks once for both, and would overrule the down projection's).
+        gate_up_may_describe: the release takes USE_TMA in a gate-up file.
 
     Raises:
         ValueError: on construction, where that does not hold or a tile is absurd: an error in moefix itself.
@@ -54,26 +54,32 @@ class Pair:
     down_name: str
     gate_up: Mapping[int, Tile]
     down: Mapping[int, Tile]
+    gate_up_may_describe: bool = False
 
     def __post_init__(self) -> None:
-        if check_file_name(self.gate_up_name) == self.down_name:
+        for name in filter(None, (self.gate_up_name, self.down_name)):
+            check_file_name(name)
+        if not self.down_name and self.gate_up != self.down:
+            raise ValueError(f"one file {self.gate_up_name} cannot hold two tables")
+        if self.gate_up_name == self.down_name:
             raise ValueError(f"both projections are to be written as {self.gate_up_name}")
-        if self.down_name:
-            check_file_name(self.down_name)
-        elif self.gate_up != self.down:
-            raise ValueError(f"{self.gate_up_name} is one file for both projections, and their tiles differ")
         if not self.gate_up or self.gate_up.keys() != self.down.keys():
             raise ValueError(f"the rows differ: {sorted(self.gate_up)} and {sorted(self.down)}")
         for batch, tile in self.gate_up.items():
             if batch < 1 or check_tile(tile).block_m != check_tile(self.down[batch]).block_m:
                 raise ValueError(f"row {batch}: {tile} and {self.down[batch]} differ in BLOCK_SIZE_M")
-            if tile.use_tma:
+            if tile.use_tma and not self.gate_up_may_describe:
                 raise ValueError(f"row {batch}: USE_TMA breaks SGLang 0.5.17 in a gate_up file")
 
     def files(self, folder: Path) -> tuple[tuple[Path, bytes], ...]:
         """The files in a folder, each with its content."""
-        named = ((self.gate_up_name, self.gate_up), (self.down_name, self.down))
-        return tuple((folder / name, render_table(table)) for name, table in named if name)
+        return tuple((folder / name, render_table(table)) for name, table in self.tables.items())
+
+    @property
+    def tables(self) -> dict[str, Mapping[int, Tile]]:
+        """What each file holds, by its name: two, or one joint file."""
+        both = {self.gate_up_name: self.gate_up, self.down_name: self.down}
+        return {name: table for name, table in both.items() if name}
 
     @classmethod
     def of(cls, artefact: Artefact) -> Pair:
@@ -83,6 +89,7 @@ class Pair:
             artefact.down_file,
             {row.batch: row.gate_up for row in artefact.rows},
             {row.batch: row.down for row in artefact.rows},
+            gate_up_may_describe(artefact.environment.sglang),
         )
 
 
@@ -102,6 +109,11 @@ class Installation:
     down_path: Path
     env: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        if self.down_path == self.gate_up_path:
+            return str(self.gate_up_path)
+        return f"{self.gate_up_path} and {self.down_path.name}"
 
 
 def installed(folder: Path, pair: Pair) -> bool:

@@ -94,6 +94,13 @@ class Reader:
             raise self._wrong(name, "a printable text of bearable length")
         return value
 
+    def texts(self, name: str, most: int) -> tuple[str, ...]:
+        """A list of texts; none where the name is not there, as in what an earlier moefix wrote."""
+        values = self._row.get(name, [])
+        if not isinstance(values, list) or not all(isinstance(value, str) and len(value) <= most for value in values):
+            raise self._wrong(name, "a list of texts")
+        return tuple(values)
+
     def whole(self, name: str, least: int = 0, most: int = 1 << 31) -> int:
         """A whole number between these bounds, both included."""
         value = self.value(name)

@@ -46,8 +46,7 @@ def make_config_dir(root: Path, tree: Tree, files: Pair | None) -> Path:
             f"the folder {root} cannot be made: {fault.strerror or fault}", "Free some space in the data folder."
         ) from fault
     if files is not None:
-        tables = ((files.gate_up_name, files.gate_up), (files.down_name, files.down))
-        write_together([(own / name, render_table(table)) for name, table in tables])
+        write_together([(own / name, render_table(table)) for name, table in files.tables.items()])
     return own
 
 

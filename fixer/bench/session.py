@@ -151,7 +151,7 @@ class _Session:
         """
         used = files_used(server.log_text())
         pair = self._subjects[start.subject].tuned_files
-        missing = {own / pair.gate_up_name, own / pair.down_name} - set(used)
+        missing = {own / name for name in pair.tables} - set(used)
         if start.side is Side.TUNED and missing:
             names = ", ".join(sorted(path.name for path in missing))
             raise SGLangError(f"SGLang's log does not say that it read {names}.", f"Its log: {server.log}")

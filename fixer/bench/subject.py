@@ -91,9 +91,7 @@ class Subject:
     @cached_property
     def tuned_files(self) -> Pair:
         """The artefact's pair of files."""
-        names = self.artefact.gate_up_file, self.artefact.down_file
-        rows = self.artefact.rows
-        return Pair(*names, {row.batch: row.gate_up for row in rows}, {row.batch: row.down for row in rows})
+        return Pair.of(self.artefact)
 
     def own_pair(self, batch: int) -> TilePair:
         """What SGLang's own side runs for M."""

@@ -35,7 +35,7 @@ def print_report(summary: Summary, console: Console | None = None) -> None:
         console.print(Text.assemble((f"{name:<9}", "bold"), value))
     console.print()
     console.print(_table(summary, framed=console.is_terminal))
-    for note in (*summary.evidence.notes, *summary.evidence.missing.values()):
+    for note in (*summary.artefact.notes, *summary.evidence.notes, *summary.evidence.missing.values()):
         console.print(Text.assemble(("note     ", "bold"), note))
 
 
@@ -50,7 +50,7 @@ def _heading(summary: Summary) -> list[tuple[str, str]]:
         *((("reached", summary.reached),) if summary.reached else ()),
         ("tuned", f"{when(artefact.created)}, in {artefact.seconds:.1f} s"),
         ("file", artefact.gate_up_file),
-        ("file", artefact.down_file),
+        *((("file", artefact.down_file),) if artefact.down_file else ()),
         *(("bench", headline(result)) for result in benches),
     ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +74,7 @@ class Wish:
         record: where to write every time, None for nowhere.
         known: the kept artefact that the caller looked at, if any: a newer one is another moefix's answer.
         must_keep: an artefact that cannot be kept is an error.
+        ready: called with the artefact before its report is made, which takes seconds.
     """
 
     rows: tuple[int, ...]
@@ -82,6 +83,7 @@ class Wish:
     record: Path | None = None
     known: Artefact | None = None
     must_keep: bool = False
+    ready: Callable[[Artefact], None] = lambda _: None
 
 
 def tune_kind(run: Run, situation: Situation, on: OnCard, wish: Wish) -> Artefact:
@@ -98,6 +100,7 @@ def tune_kind(run: Run, situation: Situation, on: OnCard, wish: Wish) -> Artefac
         finished = finished_meanwhile(run, situation, on, wish)
         if finished is not None:
             say.line(f"another moefix has tuned this, on {finished.created}: nothing to measure")
+            wish.ready(finished)
             return finished
         vetted = set_damaged_aside(situation.tree, workload, card)
         for bad in vetted.bad:
@@ -127,6 +130,7 @@ def tune_kind(run: Run, situation: Situation, on: OnCard, wish: Wish) -> Artefac
     if wish.record is not None:
         count = write_recording(wish.record, tuned.looks, tuned.timings)
         say.line(f"recorded {count} times in {wish.record}")
+    wish.ready(tuned.artefact)
     say.line(verdict(tuned.artefact, geometric_gain(tuned.artefact)))
     say.line("time: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in tuned.timeline.items()))
     if run.after_tuning is not None:

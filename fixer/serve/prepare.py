@@ -47,8 +47,7 @@ def prepare(run: Run, situation: Situation) -> list[Installation]:
 def install(run: Run, situation: Situation, artefact: Artefact) -> Installation:
     """Put an artefact's files where SGLang looks."""
     installation = put(run, situation.tree, Pair.of(artefact))
-    down = f" and {installation.down_path.name}" if artefact.down_file else ""
-    run.say.line(f"installed {installation.gate_up_path}{down}")
+    run.say.line(f"installed {installation}")
     return installation
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -102,6 +103,12 @@ def is_answered(kept: Artefact, rows: Sequence[int]) -> bool:
     return kept.measured and covers(kept, rows)
 
 
+def install_for_later(run: Run, situation: Situation, artefact: Artefact) -> None:
+    """Install, and say what the server's start has to be told."""
+    for name, value in install(run, situation, artefact).env:
+        run.say.warning(f"SGLang's tree cannot be written: start the server with {name}={value}")
+
+
 def tune_only(
     argv: Sequence[str],
     options: MoefixOptions,
@@ -147,12 +154,11 @@ def tune_on(run: Run, situation: Situation, on: OnCard, *, exhaustive: bool, rec
     rows, known = situation.rows(on), None
     if not options.fresh:
         known = find(run, situation, on).artefact
+    ready = partial(install_for_later, run, situation)
     if known is not None and is_answered(known, rows) and not exhaustive and record is None:
         say.line(f"tuned before on {known.created}: nothing to measure; --fresh measures anew")
-        artefact = known
-    else:
-        wish = Wish(with_rows_of(known, rows), options.fresh, exhaustive, record, known, must_keep=True)
-        artefact = tune_kind(run, situation, on, wish)
-    for name, value in install(run, situation, artefact).env:
-        say.warning(f"SGLang's tree cannot be written: start the server with {name}={value}")
-    return artefact
+        ready(known)
+        return known
+    rows = with_rows_of(known, rows)
+    wish = Wish(rows, options.fresh, exhaustive, record, known, must_keep=True, ready=ready)
+    return tune_kind(run, situation, on, wish)

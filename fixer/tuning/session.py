@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fixer.artefacts.artefact import Artefact, RowChoice
+from fixer.artefacts.artefact import LONGEST_NOTE, MOST_NOTES, Artefact, RowChoice
 from fixer.artefacts.shelf import earlier_tiles
-from fixer.base.errors import SGLangError, TuneError
+from fixer.base.errors import TuneError
 from fixer.base.files import safe_name, utc_now
 from fixer.base.progress import Progress
 from fixer.kernel.arguments import Product
@@ -45,11 +45,6 @@ def tune(job: Job, progress: Progress) -> Tuned:
     Raises:
         MoefixError: measuring failed as a whole; what was measured is in the journal.
     """
-    if not job.tree.reads_down_file:
-        raise SGLangError(
-            f"SGLang {job.tree.version} reads one joint file for both projections, which moefix does not tune.",
-            f"Use SGLang 0.5.17 or newer; `moefix plan` works for {job.tree.version} too.",
-        )
     return _Session(job, progress).run()
 
 
@@ -108,6 +103,7 @@ class _Session:
             created=utc_now(),
             seconds=round(self._timeline.total, 1),
             measured=True,
+            notes=tuple(note[:LONGEST_NOTE] for note in self._notes if note.startswith("M="))[:MOST_NOTES],
         )
         return Tuned(
             artefact, tuple(looks.values()), timings, journaled.resumed, self._timeline.seconds, tuple(self._notes)
@@ -133,6 +129,11 @@ class _Session:
             descriptors=self._descriptors,
         )
 
+    @property
+    def _joint(self) -> bool:
+        """Whether this release reads one file for both projections."""
+        return not self._job.tree.reads_down_file
+
     @cached_property
     def _descriptors(self) -> frozenset[Projection]:
         """What may load through tensor descriptors; only SGLang's own layer can say what that is worth in all."""
@@ -156,10 +157,10 @@ class _Session:
         if job.exhaustive:
             everything = tuple(Space(job.workload).all())
             limits = Limits(seeds=2 * len(everything), kernels=2 * (len(everything) + len(own)))
-            return Search(job.workload, job.rows, everything, own, limits)
+            return Search(job.workload, job.rows, everything, own, limits, joint=self._joint)
         earlier = earlier_tiles(job.home, job.workload)
         first = seeds(job.tree.shipped_files(), job.workload, job.card, earlier)
-        return Search(job.workload, job.rows, first, own, descriptors=self._descriptors)
+        return Search(job.workload, job.rows, first, own, descriptors=self._descriptors, joint=self._joint)
 
     def _run_rounds(self, search: Search, runner: JournaledRunner) -> dict[object, Look]:
         looks: dict[object, Look] = {}

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fixer.artefacts import install
-from fixer.artefacts.install import install_pair, installed, read_pair
+from fixer.artefacts.install import Pair, install_pair, installed, read_pair
 from fixer.base import files
 from fixer.sglang.tuning_files import parse_table, render_table
 from fixer.workload import check_tile
@@ -358,3 +358,25 @@ def test_a_name_with_a_folder_in_it_is_refused(tree):
     with pytest.raises(ValueError, match="no name"):
         read_pair(running(tree), "../" + UP, DOWN)
     assert files.check_file_name(UP) == UP
+
+
+# --- one joint file
+
+
+def test_a_joint_file_is_one_file(tree, tmp_path):
+    joint = Pair(UP, "", {1: SMALL, 64: LARGE}, {1: SMALL, 64: LARGE})
+    installation = install_pair(running(tree), joint, tmp_path / "home", "0.4.9")
+    assert installation.gate_up_path == installation.down_path == running(tree) / UP
+    assert str(installation) == str(running(tree) / UP)
+    assert installation.gate_up_path.read_bytes() == render_table(joint.gate_up)
+    assert not (running(tree) / DOWN).exists()
+    assert installed(running(tree), joint)
+    with pytest.raises(ValueError, match="cannot hold two tables"):
+        Pair(UP, "", {1: SMALL}, {1: replace(SMALL, block_n=128)})
+
+
+def test_a_gate_up_file_has_descriptors_where_the_release_takes_them_out():
+    described = {1: replace(SMALL, use_tma=True)}
+    with pytest.raises(ValueError, match="USE_TMA"):
+        Pair(UP, DOWN, described, {1: SMALL})
+    assert Pair(UP, DOWN, described, {1: SMALL}, gate_up_may_describe=True).gate_up == described

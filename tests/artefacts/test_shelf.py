@@ -211,6 +211,33 @@ def test_kill_9_leaves_the_old_or_the_new_content(tmp_path):
 # --- artefacts -------------------------------------------------------------------------------------------------------
 
 
+def test_a_joint_artefact_has_one_file_and_one_tile_a_row():
+    rows = (replace(ROWS[0], down=SMALL), ROWS[2])
+    joint = replace(ARTEFACT, down_file="", rows=rows)
+    assert Artefact.from_json(joint.to_json()) == joint
+    with pytest.raises(ValueError, match="joint file"):
+        replace(ARTEFACT, down_file="")
+
+
+def test_notes_come_back_and_one_without_them_is_read():
+    noted = replace(ARTEFACT, notes=("M=3072: a tuned one failed",))
+    assert Artefact.from_json(noted.to_json()) == noted
+    body = json.loads(ARTEFACT.to_json())
+    del body["notes"], body["checksum"]
+    body["checksum"] = artefact_module._checksum(body)
+    assert Artefact.from_json(json.dumps(body)) == ARTEFACT
+    with pytest.raises(ValueError, match="too long"):
+        replace(ARTEFACT, notes=("x" * 5000,))
+
+
+def test_descriptors_in_a_gate_up_file_are_for_releases_that_take_them():
+    rows = (replace(ROWS[1], gate_up=replace(LARGE, use_tma=True)),)
+    with pytest.raises(ValueError, match="USE_TMA"):
+        replace(ARTEFACT, rows=rows)
+    newer = replace(ARTEFACT, rows=rows, environment=replace(HERE, sglang="0.5.18"))
+    assert Artefact.from_json(newer.to_json()) == newer
+
+
 def test_an_artefact_comes_back_as_it_was(tmp_path):
     assert Artefact.from_json(ARTEFACT.to_json()) == ARTEFACT
     path = save_artefact(tmp_path, ARTEFACT)
@@ -419,7 +446,6 @@ def test_setting_aside_goes_over_no_other_file(tmp_path):
         {"sglang_down_us": float("inf")},
         {"noise": -0.1},
         {"noise": float("nan")},
-        {"gate_up": replace(SMALL, use_tma=True)},
         {"gate_up": replace(SMALL, block_n=4096)},
         {"gate_up": replace(SMALL, block_n=48)},
         {"gate_up": replace(SMALL, num_stages=100)},

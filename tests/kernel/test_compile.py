@@ -171,6 +171,18 @@ def test_a_tma_tile_compiles_on_hopper(sources, folder, version):
     assert result.shared_bytes == 3 * (64 + 64) * 64 + 3 * 8
 
 
+def test_a_gate_up_kernel_describes_its_weights_only_and_can_sort_its_output(sources, folder):
+    target, plain = Target(sources["0.5.17"], 90, folder), Tile(64, 64, 64, 1, 4, 3)
+    described = compiled(target, QWEN, UP, replace(plain, use_tma=True))
+    assert described.outcome is CompileOutcome.OK
+    assert described.shared_bytes > compiled(target, QWEN, UP, plain).shared_bytes  # barriers for the one descriptor
+    with planning_driver(90):
+        keys = {
+            warm_kernel(target, Candidate(QWEN, UP, plain, sorted_output=in_order)).hash for in_order in (False, True)
+        }
+    assert len(keys) == 2
+
+
 @pytest.mark.parametrize(
     "workload",
     [

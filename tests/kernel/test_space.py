@@ -6,7 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fixer.kernel.space import AXES, FAR_STEPS, Space, Step, always_spills, distance, impossible_after, makes_sense
+from fixer.kernel.space import (
+    AXES,
+    DESCRIPTOR_TOKENS,
+    FAR_STEPS,
+    Space,
+    Step,
+    always_spills,
+    descriptor_projections,
+    distance,
+    impossible_after,
+    makes_sense,
+)
 from fixer.workload import BOTH, NumberFormat, Projection, Tile, Workload
 
 QWEN = Workload(128, 768, 2048, 8, NumberFormat.FP8_W8A8, per_channel_quant=True)
@@ -144,3 +155,46 @@ def test_an_expert_parallel_rank_gets_its_share_of_the_tokens():
     assert makes_sense(tall, alone, 64)
     assert [makes_sense(tall, rank, tokens) for tokens in (64, 512)] == [makes_sense(tall, QWEN, t) for t in (64, 512)]
     assert not makes_sense(tall, rank, 64)
+
+
+# --- tensor descriptors
+
+DOWN, EITHER = frozenset({Projection.DOWN}), frozenset(Projection)
+
+
+@pytest.mark.parametrize(
+    ("workload", "capability", "expected"),
+    [
+        (Workload(64, 1024, 2048, 8), (9, 0), EITHER),
+        (BLOCK, (9, 0), EITHER),
+        (BLOCK, (12, 0), EITHER),
+        (BLOCK, (8, 9), frozenset()),  # no such hardware
+        (QWEN, (9, 0), {Projection.GATE_UP}),  # a row's scale is read in token order
+        (replace(QWEN, per_channel_quant=False), (9, 0), {Projection.GATE_UP}),
+        (replace(BLOCK, ep_size=2), (9, 0), {Projection.GATE_UP}),  # rows elsewhere are zeroed in token order
+        (Workload(64, 512, 2048, 8, NumberFormat.INT4_W4A16, group_size=128), (9, 0), frozenset()),  # another kernel
+    ],
+)
+def test_where_descriptors_are_tried(workload, capability, expected):
+    assert descriptor_projections(workload, capability, EITHER) == expected
+    assert descriptor_projections(workload, capability, DOWN) == expected & DOWN
+    assert descriptor_projections(workload, capability, frozenset()) == frozenset()
+
+
+def test_descriptors_are_one_step_away_for_the_projection_that_may_have_them():
+    space = Space(QWEN, DOWN)
+    described = replace(MIDDLE, use_tma=True)
+    assert space.allows(described, Projection.DOWN)
+    assert not space.allows(described, Projection.GATE_UP)
+    assert not space.allows(described)
+    assert dict(space.steps(MIDDLE, Projection.DOWN))[Step("use_tma", 0, 1)] == described
+    from_described = [tile for _, tile in space.steps(described, Projection.DOWN)]
+    assert MIDDLE in from_described
+    assert all(tile.use_tma for tile in from_described if tile != MIDDLE)
+    assert not any(tile.use_tma for _, tile in space.steps(described, Projection.GATE_UP))
+
+
+def test_descriptors_are_for_prefill_sizes():
+    described = replace(MIDDLE, use_tma=True)
+    assert makes_sense(described, QWEN, DESCRIPTOR_TOKENS) == makes_sense(MIDDLE, QWEN, DESCRIPTOR_TOKENS) is True
+    assert not makes_sense(described, QWEN, DESCRIPTOR_TOKENS - 1)

@@ -374,7 +374,7 @@ def test_names_are_text_and_nothing_else(tmp_path):
 def test_the_page_and_the_terminal_have_the_same_numbers(tmp_path):
     summary = summary_of(choose(samples.FP8, tmp_path), tmp_path, compiles=False)
     words = " ".join(Outline(render(summary, tmp_path)).words)
-    console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(record=True, width=200, file=open(os.devnull, "w"))
     print_report(summary, console)
     printed = console.export_text()
     for row in summary.rows:
@@ -399,7 +399,7 @@ def test_a_server_benchmark_is_in_the_report(tmp_path):
         "no effect of the tuning (prefill of 4000: +10.0 %)",
     ):
         assert text in words
-    console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(record=True, width=200, file=open(os.devnull, "w"))
     print_report(summary, console)
     verdict = "he server: faster with the tuned configuration (+2.7 % over all loads, +1.7 to +3.6 %)"
     assert f"bench    t{verdict}" in console.export_text()
@@ -433,7 +433,7 @@ def test_a_simulated_limit_is_in_the_title_the_hero_and_the_terminals_head(tmp_p
     assert f"on {real.environment.card} with {LIMITED}</title>" in page
     hero = page[page.index('class="answer"') : page.index("<nav")]
     assert LIMITED in hero
-    console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(record=True, width=200, file=open(os.devnull, "w"))
     print_report(summary, console)
     assert LIMITED in console.export_text().splitlines()[1]
     free = summarise(Evidence(samples.real(), "a.json"))

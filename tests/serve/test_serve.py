@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from fixer.artefacts.artefact import Artefact
 from fixer.artefacts.shelf import artefact_path
 from fixer.serve.find_or_tune import verdict
 from fixer.sglang.tuning_files import render_table
@@ -20,6 +21,21 @@ from tests.support import fakes
 from tests.support.serving import FOLDER, LARGE, ROOT, SMALL, installed
 
 # --- with a kept artefact --------------------------------------------------------------------------------------------
+
+
+def test_tune_with_nothing_to_measure_says_so_installs_and_stops(machine):
+    """27 s before: everything was started, timed and compared once more though nothing had changed."""
+    artefact = machine.artefact()
+    result = machine.run("tune", *machine.flags, "--json")
+    assert result.code == 0, result.err
+    assert f"tuned before on {artefact.created}: nothing to measure; --fresh measures anew" in result.err
+    assert "search" not in result.err
+    assert installed(machine, artefact)
+    assert Artefact.from_json(result.out) == artefact
+    assert not (machine.home / "journal.sqlite").exists()
+    fresh = machine.run("tune", "--fresh", *machine.flags)
+    assert fresh.code == 8  # it begins to measure, and this machine's PyTorch cannot
+    assert "nothing to measure" not in fresh.err
 
 
 def test_kept_installed_served(machine):

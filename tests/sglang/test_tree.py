@@ -297,7 +297,7 @@ DAMAGED = [
 def test_a_damaged_file_that_sglang_would_read_is_named(own_tree, content):
     path = put(own_tree.configs, "3_6_0", own_tree.file_name(QWEN, ADA, UP), {1: ROW})
     path.write_bytes(content)
-    with pytest.raises(ValueError):  # noqa: PT011 - the message is the parser's own
+    with pytest.raises(ValueError):
         read_rows(path)
     with pytest.raises(SGLangError) as caught:
         own_choices(own_tree, own_tree.lookup(QWEN, ADA), QWEN, ADA)
@@ -457,3 +457,22 @@ def test_only_what_is_read_is_unpacked(trees):
         files = [path for path in tree.package.rglob("*") if path.is_file()]
         assert all(path.suffix in (".py", ".json") for path in files)
         assert sum(path.suffix == ".py" for path in files) <= 8
+
+
+@pytest.mark.parametrize(
+    ("source", "taken"),
+    [
+        ("tma = ok() and down is not None and down_config.pop('USE_TMA', False)", {DOWN}),
+        ("up = config.pop('USE_TMA', False)\ndown = down_config.pop('USE_TMA', False)", {UP, DOWN}),
+        ("config.pop('OTHER', False)\nseen = 'USE_TMA' in config", set()),
+        ("def broken(:", set()),
+        (None, set()),
+    ],
+)
+@pytest.mark.parametrize("place", find_tree_module.LAYER_SOURCES)
+def test_who_takes_descriptors_is_read_off_the_layer(tmp_path, source, taken, place):
+    path = tmp_path / "sglang" / place
+    path.parent.mkdir(parents=True)
+    if source is not None:
+        path.write_text(source)
+    assert Tree(tmp_path / "sglang", "0.5.99", "3.6.0").takes_descriptors == taken

@@ -44,3 +44,8 @@ def layer(fast: int):
         return Duel(request.tokens, Via.LAYER, own, times(request.tokens, request.tuned))
 
     return handle
+
+
+def missing():
+    """A factory of a process in which SGLang cannot be imported."""
+    raise TuneError("SGLang's own MoE layer cannot be called here: no module")

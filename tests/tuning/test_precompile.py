@@ -102,3 +102,14 @@ def test_a_user_without_a_name_has_a_cache_too(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("os.getuid", lambda: 4_242_424)
     assert server_triton_cache() == Path("~", ".triton", "cache")  # below the working directory, as Triton takes it
+
+
+def test_before_a_down_kernel_with_descriptors_the_gate_up_kernel_sorts_its_output():
+    described = TilePair(LARGE.gate_up, Tile(64, 128, 64, 16, 8, 3, use_tma=True))
+    made = server_candidates(LAYER, {1: LARGE, 512: described}, 600)
+    sorted_ups = [one for one in made if one.projection is Projection.GATE_UP and one.sorted_output]
+    assert sorted_ups
+    assert all(one.tokens > 256 for one in sorted_ups)
+    plain = [one for one in made if one.projection is Projection.GATE_UP and not one.sorted_output]
+    assert all(one.tokens <= 256 for one in plain)
+    assert not any(one.sorted_output for one in made if one.projection is Projection.DOWN)

@@ -11,6 +11,8 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,14 +21,16 @@ import pytest
 from fixer.artefacts.artefact import Artefact, Decision
 from fixer.artefacts.gains import covers, geometric_gain
 from fixer.artefacts.shelf import find_artefact, save_artefact
-from fixer.base.errors import SGLangError, TuneError
+from fixer.base.errors import TuneError
 from fixer.machine.cards import Card
+from fixer.machine.worker import ChildProcess
+from fixer.tuning.comparison import Question
 from fixer.tuning.journal import Journal, RunKey
 from fixer.tuning.measure import card_runner
 from fixer.tuning.search.trials import Outcome
-from fixer.tuning.session import tune
 from fixer.tuning.turn import turn
-from tests.support import fakes
+from fixer.workload import Kernel, Projection, Tile
+from tests.support import fake_layer, fakes
 
 ROOT = Path(__file__).resolve().parents[2]
 CHILD = "import sys, fakes; fakes.tune_in_child(*sys.argv[1:])"
@@ -231,10 +235,71 @@ def test_a_card_on_which_nothing_can_be_timed_is_a_clear_error(package, home):
         fakes.tune_small(type(job)(job.tree, job.workload, (tiny,), job.rows, "small", "", home))
 
 
-def test_a_release_with_one_joint_file_is_refused(trees, home):
-    job = fakes.small_job(trees["0.5.17"].package, home)
-    with pytest.raises(SGLangError, match="one joint file"):
-        tune(type(job)(trees["0.4.9"], job.workload, job.cards, job.rows, "small", "", home), None)
+def test_a_release_with_one_joint_file_gets_one_tile_for_both(trees, package, home):
+    job = replace(fakes.small_job(package, home), tree=trees["0.4.9"])
+    tuned = fakes.tune_small(job)
+    artefact = tuned.artefact
+    assert artefact.gate_up_file == "E=8,N=64,device_name=NVIDIA_H100_80GB_HBM3.json"
+    assert artefact.down_file == ""
+    assert all(row.gate_up == row.down for row in artefact.rows)
+    assert any(row.decision is Decision.TUNED for row in artefact.rows)
+    kernels = {look.build.kernel for look in tuned.looks if look.build.outcome is Outcome.OK}
+    timed_rows = {(timing.kernel, timing.tokens) for timing in tuned.timings}
+    for row in artefact.rows:
+        if row.decision is Decision.TUNED:
+            sums = [
+                sum(fakes.microseconds(Kernel(projection, kernel.tile), row.batch) for projection in Projection)
+                for kernel in kernels
+                if all((Kernel(projection, kernel.tile), row.batch) in timed_rows for projection in Projection)
+            ]
+            assert row.gate_up_us + row.down_us == pytest.approx(min(sums))
+    assert Artefact.from_json(artefact.to_json()) == artefact
+
+
+# --- the finals through SGLang's layer
+
+
+@pytest.fixture
+def layered(package, home, monkeypatch, tmp_path):
+    """A job whose finals run through the stand-in for SGLang's layer, with faults by M."""
+
+    def make(faults):
+        monkeypatch.setenv(fake_layer.LOG, str(tmp_path / "layer.log"))
+        monkeypatch.setenv(fake_layer.FAULTS, json.dumps(faults))
+        monkeypatch.setattr(Question, "start", lambda question: ChildProcess(partial(fake_layer.layer, 32)))
+        return replace(fakes.small_job(package, home), layer_package=package)
+
+    return make
+
+
+def test_the_layer_decides_every_row(layered):
+    tuned = fakes.tune_small(layered({}))
+    assert tuned.notes == tuned.artefact.notes == ()
+    for row in tuned.artefact.rows:
+        assert None not in row.layer_times
+    assert [row.decision for row in tuned.artefact.rows if row.batch == 128] == [Decision.TUNED]
+
+
+def test_one_failing_row_is_said_loudly_kept_as_it_is_and_decides_nothing_else(layered):
+    tuned = fakes.tune_small(layered({"16": "crash"}))
+    rows = {row.batch: row for row in tuned.artefact.rows}
+    assert (rows[16].decision, rows[16].layer_times) == (Decision.FITTING_ONLY, (None, None))
+    assert rows[16].gate_up == Tile(64, 64, 32, 8)  # SGLang's own for M > E
+    assert None not in rows[1].layer_times
+    assert (rows[128].decision, None in rows[128].layer_times) == (Decision.TUNED, False)
+    assert not any("bare kernels" in note for note in tuned.notes)
+    (said,) = [note for note in tuned.artefact.notes if "every configuration tried" in note]
+    assert "crashed" in said
+    assert "to see it again: python" in said
+    assert said in tuned.notes
+
+
+def test_without_its_layer_the_kernels_decide_and_that_is_said(layered, monkeypatch):
+    job = layered({})
+    monkeypatch.setattr(Question, "start", lambda question: ChildProcess(fake_layer.missing))
+    tuned = fakes.tune_small(job)
+    assert any("bare kernels" in note and "no module" in note for note in tuned.notes)
+    assert all(None not in row.times for row in tuned.artefact.rows)
 
 
 def test_no_process_is_left(package, home):

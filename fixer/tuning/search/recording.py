@@ -29,6 +29,7 @@ COLUMNS = (
     "regs",
     "spills",
     "compile_s",
+    "USE_TMA",
 )
 PHASES = {Projection.GATE_UP: "up", Projection.DOWN: "down"}
 
@@ -63,6 +64,7 @@ def write_recording(path: Path, looks: Iterable[Look], timings: Iterable[Timing]
                 build.registers,
                 build.spills,
                 round(build.compile_seconds, 3),
+                int(tile.use_tma),
             ]
         )
         count += 1

@@ -168,7 +168,8 @@ def _gather(gathered: dict[Kernel, _Lines], line: Mapping[str, str], limit_colum
     """
     if line["phase"] not in PHASES:
         raise ValueError(f"phase is {line['phase']!r}, neither up nor down")
-    kernel = Kernel(PHASES[line["phase"]], Tile.from_json({name: _whole(line, name) for name in TILE_COLUMNS}))
+    tile = Tile.from_json({name: _whole(line, name) for name in TILE_COLUMNS})
+    kernel = Kernel(PHASES[line["phase"]], replace(tile, use_tma=line.get("USE_TMA") == "1"))
     tokens, microseconds = _whole(line, "M"), _time(line, "us")
     of = gathered.setdefault(kernel, _Lines())
     if tokens in of.timings:

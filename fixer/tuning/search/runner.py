@@ -48,8 +48,11 @@ class Runner(Protocol):
         ...
 
 
-CLOSER_LOOKS = ((0.02, 5), (0.008, 11), (0.004, 25))
-"""Halving: (how near to the row's best, replays it then gets). Replays are spent where a row is still open."""
+CLOSER_LOOKS = ((0.04, 5), (0.008, 11), (0.004, 25))
+"""Halving: (how near to the row's best, replays it then gets). Replays are spent where a row is still open.
+
+First looks are seconds apart, and at large M the card's clock moves by 3 % in that time (an H100 that waits for the
+compiler and one that is busy), so that the first stage, whose kernels run in turn, takes in more than that."""
 
 Observer = Callable[[Look], None]
 

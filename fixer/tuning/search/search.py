@@ -85,6 +85,7 @@ class Search:
         must: configurations that are tried whatever they seem worth (SGLang's own).
         projections: which projections are timed (a recording may have one only).
         descriptors: the projections that may load through tensor descriptors.
+        joint: one configuration serves both projections, as in releases that read one file.
         shape_known: False where the workload's E, N and top-k are a guess: then only what was timed rules rows out.
     """
 
@@ -96,6 +97,7 @@ class Search:
     projections: Sequence[Projection] = BOTH
     shape_known: bool = True
     descriptors: frozenset[Projection] = frozenset()
+    joint: bool = False
 
     def __post_init__(self) -> None:
         self._space = Space(self.workload, self.descriptors)
@@ -186,8 +188,14 @@ class Search:
         for kernel in dict.fromkeys(kernels):
             if len(fresh) >= room:
                 break
-            if kernel not in self._asked and not self._cannot_fit(kernel) and self.sensible_rows(kernel.tile):
+            if (
+                kernel not in fresh
+                and kernel not in self._asked
+                and not self._cannot_fit(kernel)
+                and self.sensible_rows(kernel.tile)
+            ):
                 fresh.append(kernel)
+                fresh += [half for half in self._other_half(kernel) if half not in self._asked]
         self._asked.update(dict.fromkeys(fresh))
         return fresh
 
@@ -209,6 +217,10 @@ class Search:
                 if not self._cannot_fit(repaired):
                     yield repaired
                     break
+
+    def _other_half(self, kernel: Kernel) -> list[Kernel]:
+        """What is worth nothing without a kernel: the same tile for the other projection where one serves both."""
+        return [replace(kernel, projection=p) for p in self.projections if self.joint and p is not kernel.projection]
 
     def _ranked_neighbours(self) -> list[Kernel]:
         """Neighbours of the rows' best by expected gain: over all rows, and half a round by each row in turn."""
@@ -232,6 +244,8 @@ class Search:
             return {}
         best, gains = pairs[0].microseconds, {}
         heights = [_height(pair) for pair in pairs if pair.microseconds <= best * NEAR_PAIR]
+        if self.joint:
+            return self._joint_gains(tokens, heights, best)
         for projection in self.projections:
             for tile, predictions in self._predictions(projection, tokens, heights).items():
                 target = best - self._other(projection, tokens, tile.block_m)
@@ -240,14 +254,29 @@ class Search:
                     gains[Kernel(projection, tile)] = gain
         return {kernel: gain for kernel, gain in gains.items() if gain > 0}
 
+    def _joint_gains(self, tokens: int, heights: Sequence[int], best: float) -> dict[Kernel, float]:
+        """The same where one tile serves both projections: what it is expected to gain over the best sum."""
+        by_tile: dict[Tile, list[Prediction]] = defaultdict(list)
+        for projection in self.projections:
+            for tile, predictions in self._predictions(projection, tokens, heights).items():
+                by_tile[tile].append(together(predictions))
+        gains = {}
+        for tile, halves in by_tile.items():
+            if len(halves) == len(self.projections):  # else one of them was tried and failed
+                total = math.log(sum(math.exp(half.mean) for half in halves))
+                gain = Prediction(total, max(half.deviation for half in halves)).expected_gain(best)
+                gains.update({Kernel(projection, tile): gain for projection in self.projections if gain > 0})
+        return gains
+
     def _predictions(self, projection: Projection, tokens: int, heights: Sequence[int]) -> dict[Tile, list[Prediction]]:
         """One prediction for each good tile that a neighbour is one step from."""
         times = {tile: math.log(t.microseconds) for tile, t in self._times[projection, tokens].items()}
         seen = self._evidence(times, projection)
         predictions: dict[Tile, list[Prediction]] = defaultdict(list)
+        worth = {tile: math.log(us) for tile, us in self._joint_times(tokens).items()} if self.joint else times
         for block_m in heights:
-            ranked = sorted((tile for tile in times if tile.block_m == block_m), key=lambda tile: times[tile])
-            for tile in [tile for tile in ranked[:FEW] if times[tile] <= times[ranked[0]] + NEAR]:
+            ranked = sorted((tile for tile in worth if tile.block_m == block_m), key=lambda tile: worth[tile])
+            for tile in [tile for tile in ranked[:FEW] if worth[tile] <= worth[ranked[0]] + NEAR]:
                 for step, neighbour in self._space.steps(tile, projection):
                     if self._is_open(Kernel(projection, neighbour), tokens):
                         effect = effect_of(self._prior(step, neighbour, tokens), tile, seen.get(step, ()))
@@ -309,6 +338,8 @@ class Search:
         Args:
             plain: leave out what loads through tensor descriptors.
         """
+        if self.joint:
+            return self._joint_pairs(tokens)
         best: dict[int, dict[Projection, Timing]] = defaultdict(dict)
         for projection in self.projections:
             for tile, timing in self._times[projection, tokens].items():
@@ -326,6 +357,20 @@ class Search:
             if len(timings) == len(self.projections)
         ]
         return sorted(pairs, key=lambda pair: pair.microseconds)
+
+    def _joint_pairs(self, tokens: int) -> list[Pair]:
+        best: dict[int, Pair] = {}
+        for tile, microseconds in self._joint_times(tokens).items():
+            known = best.get(tile.block_m)
+            if known is None or microseconds < known.microseconds:
+                best[tile.block_m] = Pair(dict.fromkeys(self.projections, tile), microseconds)
+        return sorted(best.values(), key=lambda pair: pair.microseconds)
+
+    def _joint_times(self, tokens: int) -> dict[Tile, float]:
+        """Each tile's time for all projections together, in microseconds, where all were timed."""
+        parts = [self._times[projection, tokens] for projection in self.projections]
+        tiles = [tile for tile in parts[0] if all(tile in part for part in parts)]
+        return {tile: sum(part[tile].microseconds for part in parts) for tile in tiles}
 
     def medians(self, tokens: int) -> dict[Kernel, float]:
         """Every kernel's time for a row, in microseconds a launch."""
@@ -354,6 +399,11 @@ class Search:
         self, projection: Projection, tokens: int, best: Tile, slack: float, replays: int
     ) -> list[tuple[Kernel, int]]:
         times = self._times[projection, tokens]
+        if self.joint:
+            worth = self._joint_times(tokens)
+            near_tiles = sorted((t for t in worth if worth[t] <= worth[best] + slack), key=lambda tile: worth[tile])
+            close = [times[tile] for tile in near_tiles if tile.block_m == best.block_m][:CLOSEST]
+            return [(timing.kernel, tokens) for timing in close if timing.replays < replays]
         limit = times[best].microseconds + slack
         same = [t for tile, t in times.items() if (tile.block_m, tile.use_tma) == (best.block_m, best.use_tma)]
         near = [t for t in same if t.microseconds <= limit]

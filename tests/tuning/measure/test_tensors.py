@@ -326,3 +326,25 @@ def test_the_error_is_relative_and_nan_is_infinitely_wrong():
     assert relative_error(torch.tensor([3.0, 4.5]), expected) == pytest.approx(0.1)
     assert relative_error(torch.tensor([3.0, float("nan")]), expected) == math.inf
     assert relative_error(torch.tensor([3.0, float("inf")]), expected) == math.inf
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8-block"])
+def test_rows_in_sorted_order_are_those_of_their_tokens_with_nan_between(name):
+    workload = LAYERS[name]
+    product = Product(workload, Projection.DOWN, 9)
+    length = padded_tokens(workload, 9, 4)
+    layer = make_layer(product, 1, generator(), sorted_rows=length)
+    assert set(layer.in_order) == ({Role.A, Role.A_SCALE} if name == "fp8-block" else {Role.A})
+    aligned = align(route(Routing.ZIPF, 9, workload, generator()), 4, workload.experts, length)
+    made = layer.sorted_as(aligned)
+    for role, tensor in made.in_order.items():
+        assert len(tensor) == length
+        for place, row in enumerate(aligned.sorted_token_ids.tolist()):
+            if row < product.rows:
+                assert torch.equal(tensor[place].float(), layer.tensors[role][row].float())
+            else:
+                assert tensor[place].float().isnan().all()
+    views = made.launch_tensors(9, aligned, 0, in_order=True)
+    assert views[Role.A] is not made.tensors[Role.A]
+    assert len(views[Role.A]) == length
+    assert torch.equal(made.launch_tensors(9, aligned, 0)[Role.A].float(), made.tensors[Role.A].float())

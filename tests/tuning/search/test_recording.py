@@ -64,6 +64,7 @@ def test_every_time_is_a_line_with_the_columns(tmp_path):
         "regs": "255",
         "spills": "12",
         "compile_s": "1.5",
+        "USE_TMA": "0",
     }
     assert set(TILE_COLUMNS) < set(COLUMNS)
 
@@ -100,3 +101,15 @@ def test_a_place_that_cannot_be_written_is_a_clear_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match="cannot be made"):
         write_recording(tmp_path / "file" / "times.csv.gz", LOOKS, TIMINGS)
+
+
+def test_a_tile_with_descriptors_is_another_than_the_same_without(tmp_path):
+    path, plain = tmp_path / "times.csv.gz", DOWN
+    described = replace(plain, tile=replace(plain.tile, use_tma=True))
+    looks = [Look(Build(kernel, Outcome.OK)) for kernel in (plain, described)]
+    write_recording(path, looks, [Timing(plain, 1, 9.0, 9.0, 3), Timing(described, 1, 7.0, 7.0, 3)])
+    recording = Recording.read(path)
+    assert {kernel: of.timings[1].microseconds for kernel, of in recording.kernels.items()} == {
+        plain: 9.0,
+        described: 7.0,
+    }

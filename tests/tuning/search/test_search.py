@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fixer.kernel.space import AXES, Space, impossible_after, makes_sense
+from fixer.kernel.space import AXES, DESCRIPTOR_TOKENS, Space, impossible_after, makes_sense
 from fixer.tuning.search.prediction import Prediction
 from fixer.tuning.search.search import Limits, Pair, Search
 from fixer.tuning.search.trials import Build, Outcome, Timing
@@ -216,3 +216,53 @@ def test_expected_gain_grows_with_uncertainty_and_with_promise(mean: float, devi
 def test_tall_blocks_make_sense_however_many_tokens_an_expert_has() -> None:
     heights = [m for m in AXES["block_m"] if makes_sense(Tile(m, 64, 64, 1), MIXTRAL, 16384)]
     assert heights == [64, 128, 256]
+
+
+# --- one file for both projections
+
+
+def test_a_joint_search_tries_every_tile_for_both_and_chooses_the_best_sum() -> None:
+    landscape = Landscape(7)
+    search = finished(QWEN, landscape, joint=True)
+    by_tile: dict[Tile, set[Projection]] = {}
+    for kernel in search._asked:
+        by_tile.setdefault(kernel.tile, set()).add(kernel.projection)
+    assert all(len(projections) == 2 for projections in by_tile.values())
+    for tokens in ROWS:
+        pair = search.best_pairs(tokens)[0]
+        assert len(set(pair.tiles.values())) == 1
+        sums = [
+            sum(landscape.time(Kernel(projection, tile), tokens) for projection in BOTH)
+            for tile in by_tile
+            if landscape.fits(tile) and tokens in search.sensible_rows(tile)
+        ]
+        assert pair.microseconds == pytest.approx(min(sums))
+
+
+def test_a_joint_search_looks_closer_at_both_halves_of_what_is_near() -> None:
+    search = Search(QWEN, (1,), (), joint=True)
+    good, near, half = Tile(16, 64, 64, 1), Tile(16, 128, 64, 1), Tile(16, 32, 64, 1)
+    for projection, tile, time in (
+        (Projection.GATE_UP, good, 10.0),
+        (Projection.DOWN, good, 9.0),
+        (Projection.GATE_UP, near, 9.0),
+        (Projection.DOWN, near, 10.1),
+        (Projection.GATE_UP, half, 1.0),  # never timed for the other
+    ):
+        search.timed(timing(projection, tile, time))
+    assert search.best_pairs(1) == [Pair({Projection.GATE_UP: good, Projection.DOWN: good}, 19.0)]
+    wanted = search.close_calls(0.01, 7)
+    assert set(wanted) == {(Kernel(projection, tile), 1) for projection in BOTH for tile in (good, near)}
+
+
+# --- tensor descriptors
+
+
+def test_descriptors_are_tried_where_they_are_allowed_and_from_prefill_sizes_on() -> None:
+    search = finished(QWEN, Landscape(5), descriptors=frozenset({Projection.DOWN}))
+    described = [kernel for kernel in search._asked if kernel.tile.use_tma]
+    assert {kernel.projection for kernel in described} == {Projection.DOWN}
+    assert all(min(search.sensible_rows(kernel.tile)) >= DESCRIPTOR_TOKENS for kernel in described)
+    for tokens in ROWS:
+        assert not any(tile.use_tma for pair in search.best_pairs(tokens, plain=True) for tile in pair.tiles.values())
+    assert not any(kernel.tile.use_tma for kernel in finished(QWEN, Landscape(5))._asked)
