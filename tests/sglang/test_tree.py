@@ -459,20 +459,14 @@ def test_only_what_is_read_is_unpacked(trees):
         assert sum(path.suffix == ".py" for path in files) <= 8
 
 
-@pytest.mark.parametrize(
-    ("source", "taken"),
-    [
-        ("tma = ok() and down is not None and down_config.pop('USE_TMA', False)", {DOWN}),
-        ("up = config.pop('USE_TMA', False)\ndown = down_config.pop('USE_TMA', False)", {UP, DOWN}),
-        ("config.pop('OTHER', False)\nseen = 'USE_TMA' in config", set()),
-        ("def broken(:", set()),
-        (None, set()),
-    ],
-)
-@pytest.mark.parametrize("place", find_tree_module.LAYER_SOURCES)
-def test_who_takes_descriptors_is_read_off_the_layer(tmp_path, source, taken, place):
-    path = tmp_path / "sglang" / place
-    path.parent.mkdir(parents=True)
-    if source is not None:
-        path.write_text(source)
-    assert Tree(tmp_path / "sglang", "0.5.99", "3.6.0").takes_descriptors == taken
+@pytest.mark.parametrize(("version", "taken"), [("0.4.9", ""), ("0.5.17", "down"), ("0.5.23", "gate_up down")])
+def test_who_takes_descriptors_is_read_off_the_tree(trees, version, taken):
+    assert trees[version].takes_descriptors == {Projection(name) for name in taken.split()}
+
+
+def test_a_layer_that_cannot_be_read_takes_no_descriptors_for_down(trees, tmp_path):
+    shutil.copytree(trees["0.5.17"].package, tmp_path / "sglang")
+    tree = Tree(tmp_path / "sglang", "0.5.17", "3.6.0")
+    for path in tree.package.glob("srt/layers/moe/**/fused_moe.py"):
+        path.write_text(path.read_text().replace("down_config.pop", "down_config.get"))
+    assert tree.takes_descriptors == frozenset()
