@@ -153,7 +153,7 @@ def _unhealthy(url: str, seconds: float) -> str:
         parts = urlsplit(url)
         host, port = parts.hostname or "127.0.0.1", parts.port
         connection = (
-            http.client.HTTPSConnection(host, port, timeout=seconds, context=ssl._create_unverified_context())
+            http.client.HTTPSConnection(host, port, timeout=seconds, context=ssl._create_unverified_context())  # noqa: S323
             if parts.scheme == "https"
             else http.client.HTTPConnection(host, port, timeout=seconds)
         )

@@ -51,7 +51,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 def prompts(load: Load, seed: int, vocabulary: int) -> list[list[int]]:
     """Each request's token ids, the same for the same seed. No two begin alike, so that none shares a cached prefix."""
     top = max(FIRST_ID + 1, min(vocabulary, MOST_IDS))
-    chance = random.Random(seed)
+    chance = random.Random(seed)  # noqa: S311 (a load, no secret)
     ids = range(FIRST_ID, top)
     first = chance.sample(ids, load.requests) if load.requests <= len(ids) else chance.choices(ids, k=load.requests)
     return [[start, *chance.choices(ids, k=load.input_tokens - 1)] for start in first]

@@ -104,7 +104,7 @@ def bootstrap(own: Sequence[float], tuned: Sequence[float]) -> Interval:
     fewest = min(len(own), len(tuned))
     width = math.sqrt(fewest / (fewest - 1)) * student(len(own) + len(tuned) - 2)
     place = int(RESAMPLES * statistics.NormalDist().cdf(-width))
-    chance = random.Random(len(own) + len(tuned))
+    chance = random.Random(len(own) + len(tuned))  # noqa: S311 (the same for the same values, and no secret)
     samples = [
         sum(chance.choices(tuned, k=len(tuned))) / len(tuned) - sum(chance.choices(own, k=len(own))) / len(own)
         for _ in range(RESAMPLES)

@@ -12,7 +12,7 @@ from fixer.doctor.examine import Finding, Patient, State
 from fixer.doctor.sglang import is_writable
 from fixer.model.hub import hub_cache
 
-SHM = "/dev/shm"
+SHM = "/dev/shm"  # noqa: S108 (that very folder)
 
 
 ENOUGH_SHM = 1 << 30

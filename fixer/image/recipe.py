@@ -85,7 +85,7 @@ def default_command(model: str, revision: str | None, flags: Sequence[str], *, w
     if revision and not weights:
         words += ["--revision", revision]
     if "--host" not in given:
-        words += ["--host", "0.0.0.0"]
+        words += ["--host", "0.0.0.0"]  # noqa: S104 (what a published port of a container needs)
     return (*words, *flags)
 
 

@@ -91,7 +91,7 @@ MOST_CRASHES = 8
 """After so many candidates that the compiler crashed on, with none that it did not, the others are not tried."""
 
 
-class _NothingCompiles(Exception):
+class _NothingCompiles(Exception):  # noqa: N818 (never leaves this module)
     """The compiler crashed on all that it was given: trying more tiles says nothing about any."""
 
 

@@ -108,7 +108,7 @@ def draw_figure(frame: Frame, paint: Callable[[Any], None]) -> Figure:
 
 def _themed(text: str, frame: Frame) -> str:
     """The drawing for inlining: the page's colours and font, identifiers of its own, a title and a description."""
-    root = ElementTree.fromstring(text)
+    root = ElementTree.fromstring(text)  # noqa: S314 (matplotlib wrote it a moment ago)
     for style in [(parent, child) for parent in root.iter() for child in parent if child.tag == f"{{{_SVG}}}style"]:
         style[0].remove(style[1])  # it would hold for the whole page
     for element in root.iter():

@@ -29,7 +29,7 @@ def reachable(argv: Sequence[str], host: str | None, environ: Mapping[str, str] 
     """
     if host is not None or environ.get("MOEFIX_IMAGE") != "1":
         return tuple(argv)
-    return ("--host", "0.0.0.0", *argv)
+    return ("--host", "0.0.0.0", *argv)  # noqa: S104 (inside a container; what is published is Docker's business)
 
 
 def become_server(argv: Sequence[str], env: Iterable[tuple[str, str]] = (), relay: Settings | None = None) -> NoReturn:
@@ -55,7 +55,7 @@ def become_server(argv: Sequence[str], env: Iterable[tuple[str, str]] = (), rela
         environment.update({"PYTHONUNBUFFERED": "1"} if _on_terminal(1) else {})
         start_relay(relay)
     try:
-        os.execve(command[0], command, environment)
+        os.execve(command[0], command, environment)  # noqa: S606 (a list of arguments, and no shell is the point)
     except (OSError, ValueError) as fault:
         raise SGLangError(
             f"the server cannot be started with {command[0]}: {fault}",

@@ -221,7 +221,7 @@ class Asking:
         self._result: Any = None
         self._arguments = layer_arguments(workload)
         self._space = namespace({**self._stand_ins(), "__file__": str(own.place)})
-        exec(own.functions, self._space)
+        exec(own.functions, self._space)  # noqa: S102 (functions of the user's own SGLang, cut out)
         self._listen("get_config_file_name", self._asked.append)
         self._listen(_ENTRY, self._keep)
 
@@ -262,7 +262,7 @@ class Asking:
             )
         space = {**self._space, **values}
         try:
-            exec(self._own.caller.code, space)
+            exec(self._own.caller.code, space)  # noqa: S102 (as above)
         except _OF_OUR_STAND_INS as error:
             raise self._unknown(f"its look-up ends with {told(error)}") from error
         except _OF_SGLANG as error:

@@ -147,7 +147,7 @@ class Journal:
         try:
             with self._database as database:
                 for table in ("builds", "timings"):
-                    database.execute(f"DELETE FROM {table} WHERE run = ?", (self._run,))
+                    database.execute(f"DELETE FROM {table} WHERE run = ?", (self._run,))  # noqa: S608 (a constant)
         except sqlite3.Error as error:
             raise self._unusable(error) from error
 

@@ -26,8 +26,8 @@ def test_the_child_dies_with_a_killed_parent(tmp_path):
     root = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": root, MARK: str(tmp_path)}
     parent = subprocess.Popen([sys.executable, "-c", program], env=environment)
-    family = lambda: fakes.processes_with(MARK, str(tmp_path))
-    sleeps = lambda: [pid for pid in family() if Path(f"/proc/{pid}/comm").read_bytes().strip() == b"sleep"]
+    family = lambda: fakes.processes_with(MARK, str(tmp_path))  # noqa: E731
+    sleeps = lambda: [pid for pid in family() if Path(f"/proc/{pid}/comm").read_bytes().strip() == b"sleep"]  # noqa: E731
     try:
         assert fakes.eventually(sleeps, 20)
         parent.kill()

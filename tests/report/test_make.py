@@ -374,7 +374,7 @@ def test_names_are_text_and_nothing_else(tmp_path):
 def test_the_page_and_the_terminal_have_the_same_numbers(tmp_path):
     summary = summary_of(choose(samples.FP8, tmp_path), tmp_path, compiles=False)
     words = " ".join(Outline(render(summary, tmp_path)).words)
-    console = Console(record=True, width=200, file=open(os.devnull, "w"))
+    console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
     print_report(summary, console)
     printed = console.export_text()
     for row in summary.rows:

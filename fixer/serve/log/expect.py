@@ -90,6 +90,6 @@ def _wordings(package: Path) -> tuple[Wording, ...]:
 def server_url(flags: ServerFlags) -> str:
     """Where the server is to be asked whether it is healthy; a server on all interfaces is asked on the loopback."""
     given = flags.host or "127.0.0.1"
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}.get(given, given)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}.get(given, given)  # noqa: S104
     shown = f"[{host}]" if ":" in host and not host.startswith("[") else host
     return f"{'https' if flags.ssl_certfile else 'http'}://{shown}:{flags.port}"
