@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,29 @@ def moefix_home() -> Path:
     return home
 
 
+class Trees(Mapping[str, Tree]):
+    """All releases that moefix knows, by version; each is fetched when it is asked for, once."""
+
+    def __init__(self, cache: Path) -> None:
+        self._cache = cache
+        self._trees: dict[str, Tree] = {}
+
+    def __getitem__(self, version: str) -> Tree:
+        if version not in self._trees:
+            self._trees[version] = fetched_tree(version, self._cache)
+        return self._trees[version]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(RELEASES)
+
+    def __len__(self) -> int:
+        return len(RELEASES)
+
+
 @pytest.fixture(scope="session")
-def trees(moefix_home: Path) -> dict[str, Tree]:
-    """The three releases that moefix is tested against, by version."""
-    return {version: fetched_tree(version, moefix_home / "cache") for version in RELEASES}
+def trees(moefix_home: Path) -> Trees:
+    """The releases that moefix knows, by version."""
+    return Trees(moefix_home / "cache")
 
 
 @pytest.fixture(scope="session")

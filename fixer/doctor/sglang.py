@@ -20,15 +20,17 @@ def look_at_sglang(patient: Patient) -> Iterator[Finding]:
     from fixer.kernel.source import read_kernel_source
 
     tree = patient.tree
-    if tree.version in RELEASES:
+    if tree.version in RELEASES and not tree.guess:
         yield Finding("SGLang", State.OK, f"{tree.version} in {tree.package}")
     else:
+        oldest, *_, newest = RELEASES
         yield Finding(
             "SGLang",
             State.WARNING,
-            f"{tree.version} in {tree.package} is not among the tested releases ({', '.join(RELEASES)});"
-            f" it is taken for {rules_for(tree.release)}",
-            "If SGLang then looks for other files than moefix wrote, take a tested release.",
+            f"{tree.version} in {tree.package} is not among the {len(RELEASES)} releases that moefix knows "
+            f"({oldest} to {newest}); models and number formats go by the rules of {rules_for(tree.release)}"
+            + (f"; {tree.guess}" if tree.guess else ""),
+            "If SGLang then looks for other files than moefix wrote, take a release that moefix knows (README).",
         )
     source = read_kernel_source(tree.kernel_source)
     yield Finding("SGLang's kernel", State.OK, f"{source.path.relative_to(tree.package)}, {source.sha256[:12]}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from fixer.base.errors import CompileError, SGLangError
 from fixer.base.files import write_atomically
-from fixer.sglang.cut import Source, UnknownFormError, cut_text
+from fixer.sglang.cut import Source, UnknownFormError, cut_text, parse
 from fixer.sglang.stand_ins import CARD_NAMES
 
 KERNELS = ("fused_moe_kernel", "fused_moe_kernel_gptq_awq")
@@ -44,11 +44,8 @@ def read_kernel_source(path: Path) -> KernelSource:
     Raises:
         SGLangError: the file cannot be read or lacks the kernel.
     """
-    try:
-        source = path.read_text("utf-8")
-        functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
-    except (OSError, SyntaxError, UnicodeDecodeError) as error:
-        raise SGLangError(f"SGLang's kernel in {path} cannot be read: {error}.") from error
+    source = Source.read(path)
+    functions = {node.name: node for node in parse(source).body if isinstance(node, ast.FunctionDef)}
     jitted = {name: node for name, node in functions.items() if _is_jitted(node)}
     wanted = {name for name in KERNELS if name in jitted}
     if KERNELS[0] not in wanted:
@@ -59,8 +56,8 @@ def read_kernel_source(path: Path) -> KernelSource:
         if found == wanted:
             break
         wanted = found
-    text = _blank_all_but(source.splitlines(), [jitted[name] for name in wanted])
-    rule = cut_text(Source(path, source), (SWAP_RULE,), CARD_NAMES)
+    text = _blank_all_but(source.text.splitlines(), [jitted[name] for name in wanted])
+    rule = cut_text(source, (SWAP_RULE,), CARD_NAMES)
     if not rule and "swap_ab" in {argument.arg for argument in jitted[KERNELS[0]].args.args}:
         raise UnknownFormError(path, f"its kernel takes swap_ab, and it lacks {SWAP_RULE}")
     return KernelSource(path, text, hashlib.sha256(text.encode()).hexdigest(), rule)

@@ -161,7 +161,7 @@ def cut_slice(source: Source, callee: str, constant: str, given: Iterable[str]) 
 
 @lru_cache(maxsize=64)
 def _cut_slice(_: str, source: Source, callee: str, constant: str, given: frozenset[str]) -> Slice:
-    for function in _parse(source).body:
+    for function in parse(source).body:
         if isinstance(function, ast.FunctionDef) and function.name != callee:
             body = [node for node in function.body if isinstance(node, _SIMPLE)]
             place = _call_in(body, callee)
@@ -214,7 +214,12 @@ def _call_in(body: Sequence[ast.stmt], callee: str) -> int | None:
 
 
 @lru_cache(maxsize=4)
-def _parse(source: Source) -> ast.Module:
+def parse(source: Source) -> ast.Module:
+    """A file's syntax tree, read once; not to be changed.
+
+    Raises:
+        UnknownFormError: this Python cannot read it.
+    """
     try:
         return ast.parse(source.text)
     except (SyntaxError, ValueError) as error:
@@ -224,7 +229,7 @@ def _parse(source: Source) -> ast.Module:
 def _definitions(source: Source) -> Mapping[str, ast.stmt]:
     """What a file defines at its top level, by name: functions, and constants that are assigned once."""
     found: dict[str, ast.stmt] = {}
-    for node in _parse(source).body:
+    for node in parse(source).body:
         if isinstance(node, ast.FunctionDef):
             found[node.name] = node
         elif isinstance(node, ast.Assign | ast.AnnAssign):

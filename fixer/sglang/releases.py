@@ -3,6 +3,8 @@
 What a release does with tuning files is not written here: its own functions say it (`fixer.sglang.lookup`).
 """
 
+# ruff: noqa: E501 (a table: one release, one line)
+
 from __future__ import annotations
 
 from dataclasses import dataclass

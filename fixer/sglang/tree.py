@@ -28,6 +28,7 @@ from fixer.sglang.lookup import (
     Chosen,
     Disk,
     Files,
+    LookupStopsError,
     OwnLookup,
     World,
     lookup_source,
@@ -139,6 +140,8 @@ class Tree:
             own.ask(_PROBE, self._world(_ANY_CARD)).rows(1)
         except UnknownFormError as fault:
             return self._guess(fault)
+        except LookupStopsError as fault:  # and without a single file
+            return self._guess(UnknownFormError(lookup_source(self.package), fault.message))
         return own
 
     def _guess(self, fault: UnknownFormError) -> OwnLookup:

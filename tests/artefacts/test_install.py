@@ -101,6 +101,34 @@ def test_a_pair_is_installed_once(tree):
     assert (read.gate_up, read.down, read.damaged) == (PAIR.gate_up, PAIR.down, ())
 
 
+JOINT = Pair(UP, "", {64: LARGE, 1: SMALL}, {1: SMALL, 64: LARGE})
+
+
+def test_a_joint_file_is_installed_like_a_pair(tree):
+    folder = running(tree)
+    (folder / UP).write_text(SHIPPED)
+    done = install_pair(folder, JOINT, tree / "home", "0.4.9")
+    assert (done.gate_up_path, done.down_path, done.env) == (folder / UP, folder / UP, ())
+    assert (folder / UP).read_bytes() == render_table(JOINT.gate_up)
+    assert (folder / f"{UP}.before-moefix").read_text() == SHIPPED
+    assert not (folder / DOWN).exists()
+    assert installed(folder, JOINT)
+    assert install_pair(folder, JOINT, tree / "home", "0.4.9").notes == ()
+
+
+def test_a_joint_file_goes_into_an_overlay_where_the_release_reads_one(tree, monkeypatch):
+    monkeypatch.setattr(install, "_write_pair", lambda *_: (_ for _ in ()).throw(install.StoreError("read-only")))
+    done = install_pair(running(tree), JOINT, tree / "home", "0.5.4.post1")
+    assert sglang_finds(Path(done.env[0][1]), "triton_3_6_0", UP) == render_table(JOINT.gate_up)
+    with pytest.raises(install.StoreError, match=r"read-only; SGLang 0\.4\.9 reads its tuning files from there only"):
+        install_pair(running(tree), JOINT, tree / "home", "0.4.9", overlay=False)
+
+
+def test_a_joint_file_has_one_tile_for_both_projections():
+    with pytest.raises(ValueError, match="one file for both projections"):
+        Pair(UP, "", {1: SMALL}, {1: replace(SMALL, block_n=128)})
+
+
 def test_any_change_of_a_file_is_seen(tree):
     folder = running(tree)
     install_pair(folder, PAIR, tree / "home", "0.5.17")

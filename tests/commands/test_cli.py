@@ -63,6 +63,23 @@ def told(result: "subprocess.CompletedProcess[str]", code: int) -> str:
 # --- plan ------------------------------------------------------------------------------------------------------------
 
 
+def test_a_plan_whose_compiler_crashes_says_so_and_ends_with_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, trees: dict[str, Tree], models: dict[str, Path], tmp_path: Path
+) -> None:
+    from fixer.kernel.compile import Compiled, CompileOutcome
+
+    def crashing(*_: object) -> Callable[..., object]:
+        return lambda candidates: {each: Compiled(CompileOutcome.CRASHED, message="it died") for each in candidates}
+
+    monkeypatch.setattr("fixer.kernel.fit.compiler_for", crashing)
+    root = str(trees["0.5.17"].package)
+    words = ["plan", "--gpu", "RTX 4090", "--model", str(models[BLOG_POST]), "--sglang-root", root, "--json"]
+    result = CliRunner().invoke(main, [*words, "--home", str(tmp_path)])
+    assert result.exit_code == 7
+    assert json.loads(result.stdout)["verdict"] == "compiler_crashed"
+    assert "whether SGLang's own configuration fits is not known: crashed: it died" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("release", "verdict"), [("0.4.9", "out_of_resources"), ("0.5.17", "fits"), ("0.5.23", "fits")]
 )

@@ -317,11 +317,11 @@ def test_no_sglang_is_a_failure(tmp_path):
 
 def test_an_unknown_release_a_read_only_tree_and_files_moved_aside(package, monkeypatch, tmp_path):
     (package / "_version.py").unlink(missing_ok=True)
-    (package / "version.py").write_text('__version__ = "0.5.20"\n')
+    (package / "version.py").write_text('__version__ = "0.5.17.post9"\n')
     (package / FOLDER / "E=1.json.damaged-20260101T000000Z").write_text("x")
     monkeypatch.setattr(folders.os, "access", lambda path, mode: "sglang" not in str(path))
     found = of(doctor.look_at_sglang, Patient(tmp_path, (), package))
-    assert "not among the tested releases" in found[0].text
+    assert "not among the 26 releases that moefix knows" in found[0].text
     assert found[0].state is State.WARNING
     assert any("an overlay in the data folder is used" in finding.text for finding in found)
     assert any("moved aside" in finding.text and finding.state is State.WARNING for finding in found)

@@ -26,7 +26,9 @@ from fixer.kernel.arguments import (
     padded_tokens,
     uses_weight_only_kernel,
 )
-from fixer.sglang.releases import RELEASES
+from fixer.kernel.compile import Target, swaps_operands
+from fixer.kernel.source import read_kernel_source
+from fixer.sglang.releases import KNOWN_RELEASES, RELEASES
 from fixer.tuning.measure.tensors import TORCH_TYPES
 from fixer.workload import NumberFormat, Projection, Tile, Workload
 
@@ -85,10 +87,14 @@ def noted_kernels(functions):
     return kernels
 
 
-def sglang_arguments(tree, workload, projection, tokens, tile, arch):
+@functools.lru_cache(maxsize=2)
+def functions_of(path):
+    return {node.name: node for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.FunctionDef)}
+
+
+def sglang_arguments(tree, workload, projection, tokens, tile, arch, card=""):
     """What SGLang's `invoke_fused_moe_kernel` passes for real tensors: (arguments by name, tensors, kernel's names)."""
-    module = ast.parse(tree.kernel_source.read_text("utf-8"))
-    functions = {node.name: node for node in module.body if isinstance(node, ast.FunctionDef)}
+    functions = functions_of(tree.kernel_source)
     wanted = [functions[name] for name in ("should_enable_swap_ab", "invoke_fused_moe_kernel") if name in functions]
     kernels = noted_kernels(functions)
     tensors = real_tensors(Product(workload, projection, tokens), tile)
@@ -106,6 +112,7 @@ def sglang_arguments(tree, workload, projection, tokens, tile, arch):
         "padding_size": 0,
         "_is_cuda": True,
         "is_sm90_supported": lambda: arch == 90,
+        "get_device_name": lambda: card,
         "is_batch_invariant_mode_enabled": lambda: False,
         "is_arch_support_pdl": lambda: arch >= 90,
         "scaled_fp8_quant": quantise,
@@ -168,17 +175,31 @@ def comparable(arguments):
 
 @pytest.mark.parametrize("projection", list(Projection))
 @pytest.mark.parametrize("name", list(WORKLOADS))
-@pytest.mark.parametrize("version", list(RELEASES))
+@pytest.mark.parametrize("version", KNOWN_RELEASES)
 def test_every_argument_is_what_sglang_passes(trees, version, name, projection):
     workload = WORKLOADS[name]
     for tokens, arch in itertools.product((1, 5, 64), (89, 90)):
-        theirs, tensors, names = sglang_arguments(trees[version], workload, projection, tokens, TILE, arch)
-        context = LaunchContext(arch, workload.activation_dtype)
-        mine = launch_arguments(names, Product(workload, projection, tokens), TILE, tensors, context)
-        assert comparable(mine) == comparable(theirs)
+        assert_same_arguments(
+            trees[version], workload, Product(workload, projection, tokens), arch, "NVIDIA H100 80GB HBM3"
+        )
 
 
-@pytest.mark.parametrize("version", list(RELEASES))
+@pytest.mark.parametrize("version", [version for version in RELEASES if version not in KNOWN_RELEASES])
+def test_every_release_gets_what_it_passes(trees, version):
+    formats = ("bf16", "fp16-ungated", "fp8-tensor", "fp8-channel", "fp8-block", "int8-channel", "int4-zero")
+    cards = ((89, "NVIDIA L40S"), (90, "NVIDIA H100 80GB HBM3"), (90, "NVIDIA H20"))
+    for name, projection, (arch, card) in itertools.product(formats, Projection, cards):
+        assert_same_arguments(trees[version], WORKLOADS[name], Product(WORKLOADS[name], projection, 5), arch, card)
+
+
+def assert_same_arguments(tree, workload, product, arch, card):
+    theirs, tensors, names = sglang_arguments(tree, workload, product.projection, product.tokens, TILE, arch, card)
+    target = Target(read_kernel_source(tree.kernel_source), arch, tree.package, card)
+    context = LaunchContext(arch, workload.activation_dtype, swap_ab=swaps_operands(target, workload, TILE))
+    assert comparable(launch_arguments(names, product, TILE, tensors, context)) == comparable(theirs)
+
+
+@pytest.mark.parametrize("version", KNOWN_RELEASES)
 @pytest.mark.parametrize("name", ["bf16", "fp8-channel", "int8-weights", "int4"])
 @pytest.mark.parametrize("block_k", [32, 64, 128])
 def test_even_ks_is_sglangs_even_where_its_packed_weights_are_shorter_than_k(trees, version, name, block_k):
@@ -290,24 +311,6 @@ def test_the_two_projections_of_one_layer():
 def test_element_types_and_kernels(name, types_, kernel):
     assert operand_types(WORKLOADS[name]) == types_
     assert kernel_name(WORKLOADS[name]) == kernel
-
-
-@pytest.mark.parametrize(
-    ("arch", "block_m", "block_n", "name", "swapped"),
-    [
-        (90, 32, 64, "fp8-channel", True),
-        (90, 64, 64, "fp8-channel", False),
-        (90, 32, 32, "fp8-channel", False),
-        (89, 32, 64, "fp8-channel", False),
-        (100, 32, 64, "fp8-channel", False),
-        (90, 32, 64, "bf16", False),
-    ],
-)
-def test_operands_are_swapped_for_narrow_fp8_tiles_on_hopper_only(arch, block_m, block_n, name, swapped):
-    product = Product(WORKLOADS[name], UP, 5)
-    tile = replace(TILE, block_m=block_m, block_n=block_n)
-    arguments = launch_arguments(["swap_ab"], product, tile, operands(product, tile, 64), LaunchContext(arch, None))
-    assert arguments["swap_ab"] is swapped
 
 
 @pytest.mark.parametrize(("tokens", "early"), [(512, True), (513, False)])

@@ -8,10 +8,18 @@ from dataclasses import replace
 import pytest
 
 from fixer.base.errors import SGLangError
-from fixer.kernel.compile import Candidate, CompileOutcome, Target, compile_candidate, planning_driver, warm_kernel
+from fixer.kernel.compile import (
+    Candidate,
+    CompileOutcome,
+    Target,
+    compile_candidate,
+    planning_driver,
+    swaps_operands,
+    warm_kernel,
+)
 from fixer.kernel.source import load_kernels, read_kernel_source
 from fixer.kernel.space import always_spills
-from fixer.sglang.releases import RELEASES
+from fixer.sglang.releases import KNOWN_RELEASES, RELEASES
 from fixer.workload import NumberFormat, Projection, Tile, Workload
 
 QWEN = Workload(128, 768, 2048, 8, NumberFormat.FP8_W8A8, per_channel_quant=True)
@@ -22,9 +30,20 @@ UP = Projection.GATE_UP
 HEADER = "import triton; import triton.language as tl"
 
 
+class Sources(dict):
+    """The kernels by release, each read when it is asked for."""
+
+    def __init__(self, trees):
+        self._trees = trees
+
+    def __missing__(self, version):
+        self[version] = read_kernel_source(self._trees[version].kernel_source)
+        return self[version]
+
+
 @pytest.fixture(scope="session")
 def sources(trees):
-    return {version: read_kernel_source(tree.kernel_source) for version, tree in trees.items()}
+    return Sources(trees)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,14 +102,14 @@ def test_the_hash_is_of_the_kernels_alone(trees, sources, tmp_path):
     assert read_kernel_source(path).sha256 == sources["0.5.17"].sha256
     path.write_text(text.replace("accumulator += tl.dot", "accumulator -= tl.dot"))
     assert read_kernel_source(path).sha256 != sources["0.5.17"].sha256
-    assert len({source.sha256 for source in sources.values()}) == len(RELEASES)
+    assert len({sources[version].sha256 for version in KNOWN_RELEASES}) == len(KNOWN_RELEASES)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (None, "cannot be read"),
-        (b"def fused_moe_kernel(:", "cannot be read"),
+        (b"def fused_moe_kernel(:", "cannot read it"),
         (b"\xff\xfe", "cannot be read"),
         (b"def fused_moe_kernel(a):\n    pass\n", "has no @triton.jit function fused_moe_kernel"),
         (b"import triton\n", "has no @triton.jit function fused_moe_kernel"),
@@ -122,12 +141,18 @@ def test_a_tampered_copy_is_written_anew(sources, tmp_path):
 # --- compiling
 
 
-@pytest.mark.parametrize("version", list(RELEASES))
+@pytest.mark.parametrize("version", KNOWN_RELEASES)
 @pytest.mark.parametrize(("arch", "shared"), [(89, 147456), (90, 196608), (120, 147456)])
 def test_the_old_fp8_default_needs_the_shared_memory_of_the_error_message(sources, folder, version, arch, shared):
     result = compiled(Target(sources[version], arch, folder), QWEN, UP, OLD_DEFAULT)
     assert (result.outcome, result.shared_bytes, result.message) == (CompileOutcome.OK, shared, "")
     assert result.seconds > 0
+
+
+@pytest.mark.parametrize("version", [version for version in RELEASES if version not in KNOWN_RELEASES])
+def test_a_kernel_of_every_release_compiles(sources, folder, version):
+    result = compiled(Target(sources[version], 89, folder), QWEN, UP, OLD_DEFAULT)
+    assert (result.outcome, result.shared_bytes, result.message) == (CompileOutcome.OK, 147456, "")
 
 
 def test_what_is_compiled_comes_from_the_cache_the_second_time(sources, folder):
@@ -148,7 +173,7 @@ def test_one_process_compiles_for_several_architectures(sources, folder):
     assert names == {89: 89, 90: 90}
 
 
-@pytest.mark.parametrize("version", list(RELEASES))
+@pytest.mark.parametrize("version", KNOWN_RELEASES)
 def test_fp8_on_sm_86_is_an_outcome_with_a_reason(sources, folder, version):
     result = compiled(Target(sources[version], 86, folder), QWEN, UP, SMALL)
     assert (result.outcome, result.shared_bytes) == (CompileOutcome.FAILED, 0)
@@ -224,6 +249,57 @@ def test_the_driver_is_put_back(sources):
     with pytest.raises(RuntimeError), planning_driver(89):
         raise RuntimeError
     assert driver._active is before
+
+
+def test_the_driver_of_a_triton_before_3_5_is_put_back(monkeypatch):
+    """There the active driver is a plain attribute, and `_active` is not there."""
+    import triton.runtime
+
+    class Old:
+        active = default = "begins a real driver"
+
+        def set_active(self, driver):
+            self.active = driver
+
+    old = Old()
+    monkeypatch.setattr(triton.runtime, "driver", old)
+    with planning_driver(89):
+        assert old.active.get_current_target().arch == 89
+    assert old.active == "begins a real driver"
+    assert not hasattr(old, "_active")
+
+
+# --- swapped operands
+
+
+@pytest.mark.parametrize(
+    ("version", "arch", "card", "block_m", "block_n", "swapped"),
+    [
+        ("0.4.9", 90, "NVIDIA H20", 32, 64, False),
+        ("0.5.8.post1", 90, "NVIDIA H20", 32, 64, True),
+        ("0.5.8.post1", 90, "NVIDIA H200", 32, 64, False),
+        ("0.5.8.post1", 90, "NVIDIA H100 80GB HBM3", 32, 64, False),
+        ("0.5.9", 90, "NVIDIA H100 80GB HBM3", 32, 64, True),
+        ("0.5.17", 90, "NVIDIA H100 80GB HBM3", 32, 64, True),
+        ("0.5.17", 90, "NVIDIA H100 80GB HBM3", 64, 64, False),
+        ("0.5.17", 90, "NVIDIA H100 80GB HBM3", 32, 32, False),
+        ("0.5.17", 89, "NVIDIA L40S", 32, 64, False),
+        ("0.5.23", 100, "NVIDIA B200", 32, 64, False),
+    ],
+)
+def test_sglangs_own_rule_says_when_operands_are_swapped(
+    sources, tmp_path, version, arch, card, block_m, block_n, swapped
+):
+    target = Target(sources[version], arch, tmp_path, card)
+    assert swaps_operands(target, QWEN, replace(SMALL, block_m=block_m, block_n=block_n)) is swapped
+    assert not swaps_operands(target, Workload(128, 768, 2048, 8), replace(SMALL, block_m=block_m, block_n=block_n))
+
+
+def test_a_kernel_that_swaps_by_an_unknown_rule_is_not_known(trees, tmp_path):
+    path = tmp_path / "kernels.py"
+    path.write_text(trees["0.5.17"].kernel_source.read_text("utf-8").replace("should_enable_swap_ab", "another_rule"))
+    with pytest.raises(SGLangError, match=r"not known to moefix: .*kernels.py.* swap_ab"):
+        read_kernel_source(path)
 
 
 def test_the_copy_does_not_need_sglangs_file(sources, folder, tmp_path):

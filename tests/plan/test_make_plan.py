@@ -21,6 +21,7 @@ from fixer.model.rules.case import Outcome
 from fixer.plan.make_plan import make_plan
 from fixer.plan.plan import Plan, Source, Verdict
 from fixer.plan.proposals import Offers, choose, offers
+from fixer.plan.view import verdict_line
 from fixer.plan.write import sidecar_name, write_plan
 from fixer.sglang.flags import parse_flags
 from fixer.sglang.own_choices import own_choices
@@ -53,6 +54,11 @@ def compiled_plan(case: dict[str, Any], card: str | Card, tree: Tree, home: Path
     wanted = find_card(card) if isinstance(card, str) else card
     with CompileCache(home) as cache:
         return plan_of(case, wanted, tree, compiler_for(tree, wanted, home, cache), flags)
+
+
+def crashing(candidates: Iterable[Candidate]) -> Mapping[Candidate, Compiled]:
+    """Stands in for a compiler that dies of everything, as Triton 3.2.0's does on a card with compute capability 12."""
+    return {candidate: Compiled(CompileOutcome.CRASHED, message="the compiler died") for candidate in candidates}
 
 
 def sound(plan: Plan) -> None:
@@ -384,6 +390,58 @@ def test_sglang_finds_what_was_written(cases: Any, trees: dict[str, Tree], tmp_p
     assert {row.source for row in again.rows} == {Source.SHIPPED}
     assert [row.proposed for row in again.rows] == [row.proposed for row in plan.rows]
     assert len(list(tree.shipped_files())) == before + len(written) - 1
+
+
+# --- a compiler that fails -------------------------------------------------------------------------------------------
+
+
+def test_a_crash_of_the_compiler_is_no_misfit(cases: Any, trees: dict[str, Tree]) -> None:
+    tried: list[Candidate] = []
+
+    def counting(candidates: Iterable[Candidate]) -> Mapping[Candidate, Compiled]:
+        tried.extend(wanted := list(candidates))
+        return crashing(wanted)
+
+    plan = plan_of(cases[BLOG_POST], "RTX 4090", trees["0.5.17"], counting, "")
+    assert plan.verdict is Verdict.COMPILER_CRASHED
+    assert plan.to_json()["verdict"] == "compiler_crashed"
+    assert {(row.fits, row.gate_up.fits, row.gate_up.crashed, row.proposed) for row in plan.rows} == {
+        (None, None, True, None)
+    }
+    assert plan.crash == "crashed: the compiler died"
+    assert "whether SGLang's own fits at M = 1, " in verdict_line(plan)
+    assert not any("nothing fits" in note or "does not compile" in note for note in plan.notes)
+    assert any("is not known to fit: the compiler failed: crashed" in note for note in plan.notes)
+    assert len(tried) <= 64  # it does not try every tile of the space on a compiler that dies of all
+
+
+@pytest.mark.parametrize("message", ["OSError: [Errno 28] No space left on device", "MemoryError: "])
+def test_a_full_disk_is_no_misfit_either(cases: Any, trees: dict[str, Tree], message: str) -> None:
+    def full(candidates: Iterable[Candidate]) -> Mapping[Candidate, Compiled]:
+        return {candidate: Compiled(CompileOutcome.FAILED, message=message) for candidate in candidates}
+
+    assert plan_of(cases[BLOG_POST], "RTX 4090", trees["0.5.17"], full, "").verdict is Verdict.COMPILER_CRASHED
+
+
+def test_a_crash_on_sglangs_own_tile_alone_leaves_the_proposals(cases: Any, trees: dict[str, Tree]) -> None:
+    own = {row.gate_up.tile for row in plan_of(cases[BLOG_POST], "RTX 4090", trees["0.5.17"], None, "").rows}
+
+    def picky(candidates: Iterable[Candidate]) -> Mapping[Candidate, Compiled]:
+        wanted = list(candidates)
+        return by_formula(wanted) | crashing(each for each in wanted if each.tile in own)
+
+    plan = plan_of(cases[BLOG_POST], "RTX 4090", trees["0.5.17"], picky, "")
+    assert plan.verdict is Verdict.COMPILER_CRASHED
+    sound(plan)
+
+
+def test_a_tile_that_does_not_compile_is_a_misfit_still(cases: Any, trees: dict[str, Tree]) -> None:
+    def refusing(candidates: Iterable[Candidate]) -> Mapping[Candidate, Compiled]:
+        return {candidate: Compiled(CompileOutcome.FAILED, message="CompilationError: no") for candidate in candidates}
+
+    plan = plan_of(cases[BLOG_POST], "RTX 4090", trees["0.5.17"], refusing, "")
+    assert plan.verdict is Verdict.OUT_OF_RESOURCES
+    assert any("nothing fits for M = 1, " in note for note in plan.notes)
 
 
 def test_the_sidecar(cases: Any, trees: dict[str, Tree], tmp_path: Path) -> None:

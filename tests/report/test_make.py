@@ -399,7 +399,7 @@ def test_a_server_benchmark_is_in_the_report(tmp_path):
         "no effect of the tuning (prefill of 4000: +10.0 %)",
     ):
         assert text in words
-    console = Console(record=True, width=200, file=open(os.devnull, "w"))
+    console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
     print_report(summary, console)
     verdict = "he server: faster with the tuned configuration (+2.7 % over all loads, +1.7 to +3.6 %)"
     assert f"bench    t{verdict}" in console.export_text()
@@ -433,7 +433,7 @@ def test_a_simulated_limit_is_in_the_title_the_hero_and_the_terminals_head(tmp_p
     assert f"on {real.environment.card} with {LIMITED}</title>" in page
     hero = page[page.index('class="answer"') : page.index("<nav")]
     assert LIMITED in hero
-    console = Console(record=True, width=200, file=open(os.devnull, "w"))
+    console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
     print_report(summary, console)
     assert LIMITED in console.export_text().splitlines()[1]
     free = summarise(Evidence(samples.real(), "a.json"))
