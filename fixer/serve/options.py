@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
@@ -126,6 +125,8 @@ def _parser() -> _Parser:
 
 
 def _unknown(spelt: str) -> UsageError:
+    import difflib
+
     flags = {flag.removeprefix(_PREFIX): flag for flag in OWN_FLAGS}
     near = difflib.get_close_matches(spelt.removeprefix(_PREFIX).replace("_", "-"), flags, n=3, cutoff=0.6)
     shown = [flags[name] for name in near or flags]

@@ -8,7 +8,6 @@ as it lies. SGLang calls it where a word is exactly `--config` (server_args.py:9
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +47,8 @@ def merged(package: Path, parser: argparse.ArgumentParser, argv: Sequence[str]) 
 
 
 def _merger(path: Path) -> Any:
+    import importlib.util
+
     spec = importlib.util.spec_from_file_location("sglang_config_merger", path)
     assert spec is not None
     assert spec.loader is not None

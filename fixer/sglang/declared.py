@@ -6,10 +6,8 @@ SGLang does not know comes from here, and from no table of releases.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +15,7 @@ import msgspec
 
 from fixer.base.errors import StoreError
 from fixer.base.files import read_or_set_aside, write_atomically
-from fixer.sglang.flag_source import Flag, flag_files, read_flags
+from fixer.sglang.flag import Flag, flag_files
 from fixer.sglang.tree import Tree
 
 SCHEMA = 1
@@ -25,9 +23,6 @@ SCHEMA = 1
 
 METHODS_SOURCE = "srt/layers/quantization/__init__.py"
 MODELS = "srt/models"
-
-_OTHER_DEVICES = frozenset({"is_npu", "is_mps", "is_xpu", "is_cpu", "is_hip", "is_musa"})
-"""What asks for a device that is no NVIDIA card."""
 
 
 @dataclass(frozen=True)
@@ -100,60 +95,13 @@ def _digest(package: Path) -> str:
 
 def _read(package: Path) -> Declared:
     """Read the source; a part that cannot be read is left empty."""
+    from fixer.sglang.class_source import read_architectures, read_methods
+    from fixer.sglang.flag_source import read_flags
+
     flags: tuple[Flag, ...] = ()
-    with contextlib.suppress(OSError, SyntaxError, ValueError, RecursionError):
-        flags = read_flags(package / "srt")
     methods: frozenset[str] = frozenset()
     with contextlib.suppress(OSError, SyntaxError, ValueError, RecursionError):
-        methods = frozenset(_methods(ast.parse((package / METHODS_SOURCE).read_bytes()).body))
-    return Declared(flags, frozenset(_architectures(package / MODELS)), methods)
-
-
-def _architectures(folder: Path) -> Iterator[str]:
-    """The names in `EntryClass = ...`, of which each model's file has one at its outermost level."""
-    for path in sorted(folder.glob("*.py")):
-        with contextlib.suppress(OSError, SyntaxError, ValueError, RecursionError):
-            text = "\n" + path.read_text(encoding="utf-8")
-            while "\nEntryClass" in text:
-                text = text[text.index("\nEntryClass") + 1 :]
-                statement = ast.parse(_statement(text)).body[0]
-                if isinstance(statement, (ast.Assign, ast.AnnAssign)) and statement.value is not None:
-                    yield from (node.id for node in ast.walk(statement.value) if isinstance(node, ast.Name))
-
-
-def _statement(text: str) -> str:
-    """The first statement of a module's text: its first line, and what follows up to a line that ends a bracket."""
-    first, _, rest = text.partition("\n")
-    if first.count("[") == first.count("]"):
-        return first
-    return first + "\n" + rest[: rest.index("\n]") + 2] if "\n]" in rest else text
-
-
-def _methods(body: list[ast.stmt]) -> Iterator[str]:
-    """The keys of the module's dictionaries of methods, without those for other devices than NVIDIA's cards."""
-    for node in body:
-        if isinstance(node, ast.If):
-            asked = {
-                call.func.id
-                for call in ast.walk(node.test)
-                if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
-            }
-            if "is_cuda" in asked or not asked & _OTHER_DEVICES:
-                yield from _methods(node.body)
-        elif _target(node).endswith("QUANTIZATION_METHODS") and not _target(node).startswith("CPU"):
-            for inner in ast.walk(node):
-                if isinstance(inner, ast.Dict):
-                    yield from (str(key.value) for key in inner.keys if isinstance(key, ast.Constant))
-
-
-def _target(node: ast.stmt) -> str:
-    """The name that a statement gives a value to, or changes by `NAME.update(...)`; "" for any other statement."""
-    if isinstance(node, ast.Assign):
-        place: ast.expr = node.targets[0]
-    elif isinstance(node, ast.AnnAssign):
-        place = node.target
-    elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Attribute):
-        place = node.value.func.value
-    else:
-        return ""
-    return place.id if isinstance(place, ast.Name) else ""
+        flags = read_flags(package / "srt")
+    with contextlib.suppress(OSError, SyntaxError, ValueError, RecursionError):
+        methods = read_methods(package / METHODS_SOURCE)
+    return Declared(flags, read_architectures(package / MODELS), methods)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fixer.base.errors import SGLangError
 from fixer.base.text import harmless
-from fixer.sglang.flag_source import DECLARING
+from fixer.sglang.flag import DECLARING
 from fixer.sglang.lookup import LOOKUP_SOURCES
 from fixer.sglang.releases import PINNED, RELEASES, Release, nearest
 from fixer.sglang.tree import CALLERS, CONFIG_FOLDERS, KERNEL_SOURCES, Tree

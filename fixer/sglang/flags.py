@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from fixer.base.errors import UsageError
 from fixer.sglang.config_file import CONFIG
 from fixer.sglang.declared import Declared
-from fixer.sglang.flag_source import Flag
+from fixer.sglang.flag import Flag
 from fixer.sglang.parser import Given, UnknownFlagError, check_words, has_plugins, nearest, read_words, shortened
 
 MAX_INTEGER = 2**31 - 1
@@ -164,6 +164,7 @@ class ServerFlags:
     log_level: str = _flag("info", _lower)
     skip_server_warmup: bool = _switch()
     nnodes: int = _flag(1, _COUNT)
+    attn_dp_size: int = _flag(1, _COUNT, "--attention-data-parallel-size")
     model_overrides: Mapping[str, Any] = field(
         default_factory=lambda: MappingProxyType({}),
         metadata={"read": _object, "spelt": "json_model_override_args"},
@@ -189,6 +190,15 @@ def _bundled_flag(name: str, how: Mapping[str, Any]) -> Flag:
     action = "store" if how["read"] else "store_true"
     return Flag((spelling, *how.get("others", ())), name, action, nargs=how.get("nargs"))
 
+
+_OLD_RUNNERS = {
+    "enable_flashinfer_moe": "flashinfer_cutlass",
+    "enable_flashinfer_cutlass_moe": "flashinfer_cutlass",
+    "enable_flashinfer_trtllm_moe": "flashinfer_trtllm",
+    "enable_flashinfer_mxfp4_moe": "flashinfer_mxfp4",
+    "enable_triton_kernel_moe": "triton_kernel",
+}
+"""Switches of 0.4.9 to 0.5.2 in the place of --moe-runner-backend (server_args.py:418-437 of 0.5.2)."""
 
 BUNDLED = _bundled()
 """The flags that moefix knows by itself; a tree has many others."""
@@ -226,8 +236,12 @@ def parse_flags(argv: Sequence[str], declared: Declared | None = None) -> Server
             unread.append(each.spelling)
         elif name in _READ:
             values |= _value(each, name)
+        if each.flag.dest in _OLD_RUNNERS:
+            values["moe_runner_backend"] = _OLD_RUNNERS[each.flag.dest]
     if values.get("quantization") == "unquant":
         values["quantization"] = None  # "what the checkpoint has" (server_args.py:4084-4091)
+    if values.get("attn_dp_size", 1) > 1:  # in place of both from 0.5.22 on (arg_groups/parallel_hook.py:44-56)
+        values |= {"enable_dp_attention": True, "dp_size": values["attn_dp_size"]}
     unchecked = [word.partition("=")[0] for word in rest if word.startswith("--")] if known is BUNDLED else []
     flags = ServerFlags(**values)
     return replace(flags, unread=tuple(dict.fromkeys(unread)), unchecked=tuple(dict.fromkeys(unchecked)))

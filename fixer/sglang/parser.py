@@ -7,8 +7,6 @@ as they are written; what they mean is `fixer.sglang.flags`' business.
 from __future__ import annotations
 
 import argparse
-import difflib
-import importlib.metadata
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from typing import Any, NoReturn
 from fixer.base.errors import UsageError
 from fixer.sglang.config_file import CONFIG, can_merge, merged
 from fixer.sglang.declared import Declared
-from fixer.sglang.flag_source import Flag
+from fixer.sglang.flag import Flag
 from fixer.sglang.words import server_words
 
 
@@ -133,12 +131,16 @@ def nearest(word: str, spellings: Iterable[str]) -> str:
 
 def _likeness(word: str, spelling: str) -> float:
     """From 0 to 1: how much of two words is the same, or of a word and the beginning of a longer one."""
+    import difflib
+
     whole = difflib.SequenceMatcher(None, word, spelling).ratio()
     return max(whole, 0.95 * difflib.SequenceMatcher(None, word, spelling[: len(word)]).ratio())
 
 
 def has_plugins() -> bool:
     """Whether packages are installed that may add flags and choices to SGLang (srt/plugins/__init__.py of 0.5.17)."""
+    import importlib.metadata
+
     return bool(importlib.metadata.entry_points(group="sglang.srt.plugins"))
 
 
@@ -160,6 +162,8 @@ def check_words(given: Given) -> None:
                 f"{given.spelling} is {shortened(text)}, but must be a number ({given.flag.type})"
             ) from None
         if choices is not None and text.strip() not in choices and not has_plugins():
+            import difflib
+
             near = difflib.get_close_matches(text.lower(), choices, n=1, cutoff=0.5)
             listed = f"SGLang takes {', '.join(choices)}."
             raise UsageError(

@@ -37,7 +37,7 @@ def secret_flags(argv: Sequence[str], declared: Declared | None = None) -> tuple
     """
     given, rest = read_words(argv, known_flags(declared))
     unknown = [words[0].partition("=")[0] for words in _by_flag(rest) if _is_secret_unknown(words)]
-    return (*(each.spelling for each in given if _is_secret(each)), *unknown)
+    return (*(each.spelling for each in given if is_secret(each)), *unknown)
 
 
 def plain_flags(argv: Sequence[str], declared: Declared | None = None) -> list[str]:
@@ -50,14 +50,15 @@ def plain_flags(argv: Sequence[str], declared: Declared | None = None) -> list[s
         UsageError: SGLang would stop at the command line.
     """
     given, rest = read_words(argv, known_flags(declared))
-    kept = [each for each in given if not _is_secret(each) and not _is_for_others(each.flag.dest)]
+    kept = [each for each in given if not is_secret(each) and not _is_for_others(each.flag.dest)]
     others = [word for words in _by_flag(rest) if not _is_secret_unknown(words) for word in words]
     if len(kept) == len(given) and len(others) == len(rest):
         return list(server_words(argv))
     return [word for each in kept for word in each.words()] + others
 
 
-def _is_secret(given: Given) -> bool:
+def is_secret(given: Given) -> bool:
+    """Whether a flag holds a secret, by its name or by a name in its JSON value."""
     if not given.flag.takes_value or given.flag.type in ("int", "float"):
         return False
     return any(map(_is_secret_name, given.flag.spellings)) or any(map(_holds_secret, given.texts))

@@ -269,6 +269,40 @@ def test_faults(run: Run, models: dict[str, Path], arguments: list[str], code: i
     assert named in told(run("plan", "--model", str(models[BLOG_POST]), *arguments), code)
 
 
+@pytest.mark.parametrize(
+    ("words", "said", "meant"),
+    [
+        (["--tpp", "2"], "SGLang has no flag '--tpp'", "--tp-size"),
+        (["--gpus", "4090"], "there is no option '--gpus'", "--gpu?"),
+        (["--modle", "x"], "SGLang has no flag '--modle'", "--model?"),
+        (["--lookup"], "there is no option '--lookup'", "--lookup-only"),
+        (["--tp", "2", "Qwen/X"], "'Qwen/X' belongs to no flag", "--model"),
+        (["--quantization", "fp88"], "'fp88', which this SGLang does not take", "Did you mean fp8?"),
+    ],
+)
+def test_the_wrong_word_is_named_before_anything_is_fetched(
+    run: Run, models: dict[str, Path], words: list[str], said: str, meant: str
+) -> None:
+    for model in (str(models[BLOG_POST]), "nobody/nothing-of-that-name"):
+        result = run("plan", "--model", model, *words)
+        assert said in told(result, 2)
+        assert meant in result.stderr.splitlines()[1]
+
+
+def test_a_model_by_position_and_from_the_home_folder(run: Run, models: dict[str, Path]) -> None:
+    folder = models[BLOG_POST]
+    words = ["--gpu", "4090", "--lookup-only", "--json"]
+    home = {"HOME": str(folder.parent)}
+    plans = [
+        run("plan", f"--model={folder}", *words),
+        run("plan", str(folder), *words),
+        run("plan", f"--model=~/{folder.name}", *words, **home),
+        run("plan", f"~/{folder.name}", *words, **home),
+    ]
+    assert [plan.returncode for plan in plans] == [0, 0, 0, 0]
+    assert {plan.stdout for plan in plans} == {plans[0].stdout}
+
+
 def test_no_model(run: Run) -> None:
     assert "no model" in told(run("plan", "--gpu", "4090"), 2)
 

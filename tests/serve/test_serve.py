@@ -89,6 +89,37 @@ def test_model_path_is_the_same_option(machine):
     assert installed(machine, artefact)
 
 
+def test_command_lines_as_people_have_them(machine):
+    machine.artefact()
+    flags = machine.flags[2:]
+    for words in (
+        ("serve", str(machine.model)),
+        ("sglang", "serve", str(machine.model)),
+        ("python3", "-m", "sglang.launch_server", "--model-path", str(machine.model)),
+        (str(machine.model),),
+    ):
+        result = machine.run(*words, *flags, "--moefix-skip-tune")
+        assert result.served, result.err
+        assert result.record["argv"] == ["--model-path", str(machine.model), *flags]
+
+
+def test_a_mistyped_flag_is_named_before_anything_else(machine):
+    result = machine.run(*machine.flags, "--tpp", "2", env={"CUDA_VISIBLE_DEVICES": ""})
+    assert (result.code, result.record) == (2, None)
+    assert "SGLang has no flag '--tpp'" in result.err
+    assert "Did you mean --tp-size?" in result.err
+    machine.model.rename(machine.model.with_name("other"))
+    assert "'--tpp'" in machine.run(*machine.flags, "--tpp", "2").err
+
+
+def test_an_unreadable_list_of_flags_keeps_nobody_from_serving(machine):
+    (machine.package / "srt" / "server_args.py").write_text("def add_cli_args(")
+    machine.artefact()
+    result = machine.run(*machine.flags, "--a-flag-of-tomorrow", "2", "--moefix-skip-tune")
+    assert result.served, result.err
+    assert "not checked, since this SGLang's list of flags cannot be read: --a-flag-of-tomorrow" in result.err
+
+
 def test_dry_run_installs_and_does_not_serve(machine):
     artefact = machine.artefact()
     result = machine.run(*machine.flags, "--moefix-dry-run")

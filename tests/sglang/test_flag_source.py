@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from fixer.sglang.flag_source import Flag, read_flags
+from fixer.sglang.flag import Flag
+from fixer.sglang.flag_source import read_flags
 from fixer.sglang.tree import Tree
 
 REAL_PARSER = Path(__file__).resolve().parents[2] / "support" / "real_parser.py"
@@ -98,6 +99,10 @@ class ServerArgs:
 
 
 def test_annotated_fields(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="arg_groups"):
+        source(tmp_path, FIELDS)  # without the classes of actions nobody could say which flags take a value
+    (tmp_path / "arg_groups").mkdir()
+    (tmp_path / "arg_groups" / "arg_utils.py").touch()
     flags = source(tmp_path, FIELDS)
     assert list(flags) == ["model_path", "tp_size", "ratio", "on", "both", "kind", "open", "many", "size", "config"]
     assert flags["tp_size"] == Flag(("--tp-size",), "tp_size", type="int", default=1)

@@ -138,6 +138,13 @@ def test_every_field_is_read_of_a_tree_that_has_it(release: str, trees: dict[str
             assert getattr(read, name) != getattr(defaults, name), flag.spellings
 
 
+def test_older_and_newer_names_of_the_same(trees: dict[str, Tree]) -> None:
+    old, newest = declared_of(trees["0.4.9"]), declared_of(trees["0.5.23"])
+    assert parse_flags(["--enable-flashinfer-moe"], old).moe_runner_backend == "flashinfer_cutlass"
+    flags = parse_flags(["--tp-size=8", "--attn-dp-size", "4"], newest)
+    assert (flags.enable_dp_attention, flags.dp_size) == (True, 4)
+
+
 @pytest.mark.parametrize(("text", "tokens"), [("8k", 8000), ("8Ki", 8192), ("1M", 1000000), ("8192", 8192)])
 def test_numbers_that_people_can_read(text: str, tokens: int, trees: dict[str, Tree]) -> None:
     assert parse_flags(["--max-prefill-tokens", text], declared_of(trees["0.5.17"])).max_prefill_tokens == tokens

@@ -13,7 +13,7 @@ import pytest
 
 from fixer.base.errors import UsageError
 from fixer.sglang.declared import Declared, declared_of
-from fixer.sglang.flag_source import Flag
+from fixer.sglang.flag import Flag
 from fixer.sglang.flags import parse_flags
 from fixer.sglang.parser import UnknownFlagError, nearest, read_words
 from fixer.sglang.tree import Tree

@@ -7,7 +7,7 @@ import pytest
 
 from fixer.sglang.declared import Declared, declared_of
 from fixer.sglang.parser import Given
-from fixer.sglang.secrets import _is_secret, plain_flags, secret_flags
+from fixer.sglang.secrets import is_secret, plain_flags, secret_flags
 from fixer.sglang.tree import Tree
 
 SECRETS = [
@@ -52,7 +52,7 @@ def test_what_only_sounds_alike_stays_as_it_is(words: list[str], known: bool, tr
 
 def test_the_secrets_of_each_release(trees: dict[str, Tree]) -> None:
     def names(declared: Declared) -> list[str]:
-        return sorted(flag.spellings[0] for flag in declared.flags if _is_secret(Given(flag, flag.spellings[0], ())))
+        return sorted(flag.spellings[0] for flag in declared.flags if is_secret(Given(flag, flag.spellings[0], ())))
 
     newer = ["--admin-api-key", "--api-key", "--ssl-keyfile-password"]
     assert [names(declared_of(trees[release])) for release in ("0.4.9", "0.5.17", "0.5.23")] == [

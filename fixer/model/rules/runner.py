@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fixer.machine.cards import Card
 from fixer.model.rules.case import Case, Decision, other_kernel
+from fixer.model.rules.decide import has_runner
 from fixer.model.rules.family import NONE, RunnerRule
-from fixer.sglang.releases import at_least
 
 # Their code names the Triton runner itself (w8a8_int8.py:333, blockwise_int8.py:363, moe_wna16.py:367).
 _TRITON_ALWAYS = frozenset({"w8a8_int8", "auto-round-int8", "blockwise_int8", "moe_wna16"})
@@ -43,7 +43,7 @@ def _applies(rule: RunnerRule, case: Case) -> bool:
     return (
         case.scheme.label in rule.quantizations
         and (not rule.majors or case.card.capability[0] in rule.majors)
-        and at_least(case.release, rule.since)
+        and has_runner(rule, case)
         and not (rule.flag_only and flag is None)
         and not (rule.no_flag and flag is not None)
         and not (rule.single_rank and case.shard.ep > 1)

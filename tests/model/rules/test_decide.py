@@ -275,7 +275,16 @@ def test_no_release_is_too_old_by_its_number(release: str, trees: dict[str, Tree
     for config in (GLM, GPT_OSS, QWEN_BLOCK):
         assert ask(config, release=release, declared=newest).outcome is not Outcome.LOAD_ERROR
         assert ask(config, release=release).outcome is not Outcome.LOAD_ERROR
-    assert any("rules of SGLang 0.4.9" in note for note in ask(GLM, release="0.5.9").notes)
+    between = ask(GLM, release="0.5.9")
+    assert (between.outcome, "fuses the shared experts" in between.reason) == (Outcome.UNCERTAIN, True)
+    assert any("rules of SGLang 0.4.9" in note for note in between.notes)
+
+
+def test_a_release_between_has_the_runners_of_its_tree(trees: dict[str, Tree]) -> None:
+    old, new = (declared_of(trees[release]) for release in ("0.4.9", "0.5.17"))
+    assert ask(QWEN, arch=100, release="0.5.9", declared=new).kernel == "flashinfer_trtllm"
+    assert ask(GPT_OSS, arch=120, release="0.5.5", declared=new).kernel == "flashinfer_mxfp4"
+    assert ask(QWEN, arch=100, release="0.4.9.post6", declared=old).kernel == TRITON
 
 
 @pytest.mark.parametrize(
