@@ -13,8 +13,10 @@ from datetime import datetime, timezone
 from enum import Enum
 from typing import Any
 
+from fixer.base.file_name import FileName
 from fixer.base.files import check_file_name
 from fixer.base.json_reading import Reader, field_names, parse_object, plain_json
+from fixer.sglang.file_names import pairs_of_names
 from fixer.sglang.releases import release_key
 from fixer.workload import NumberFormat, Tile, Workload, check_tile
 
@@ -191,6 +193,7 @@ class Artefact:
     def __post_init__(self) -> None:
         for name in filter(None, (self.gate_up_file, self.down_file)):
             check_file_name(name)
+        FileName(self.triton_folder)
         if self.gate_up_file == self.down_file:
             raise ValueError("gate_up and down have one file name")
         if not self.down_file and any(row.gate_up != row.down for row in self.rows):
@@ -207,6 +210,11 @@ class Artefact:
         if not self.measured and any(row.decision is not Decision.FITTING_ONLY for row in self.rows):
             raise ValueError("nothing was measured, and yet a row says that it was")
         datetime.strptime(self.created, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=timezone.utc)
+
+    @property
+    def triton_folder(self) -> str:
+        """SGLang's name for the folder of its Triton's tuning files: "triton_3_6_0"."""
+        return f"triton_{self.environment.triton.replace('.', '_')}"
 
     def to_json(self) -> str:
         """The artefact as a JSON text with a checksum, so that a flipped bit is seen."""
@@ -236,7 +244,7 @@ def _checksum(body: Mapping[str, Any]) -> str:
 
 def _read_artefact(reader: Reader) -> Artefact:
     reader.only(field_names(Artefact) | {"schema"})
-    return Artefact(
+    artefact = Artefact(
         environment=_read_environment(reader.inner("environment")),
         model=reader.text("model", 4096),
         revision=reader.text("revision"),
@@ -249,6 +257,17 @@ def _read_artefact(reader: Reader) -> Artefact:
         measured=reader.flag("measured"),
         notes=reader.texts("notes", LONGEST_NOTE),
     )
+    _check_names(artefact)
+    return artefact
+
+
+def _check_names(artefact: Artefact) -> None:
+    """Refuse file names that are not those of the artefact's layer: installed, they would change another model's."""
+    pairs = pairs_of_names(artefact.workload, artefact.environment.card)
+    given = (artefact.gate_up_file, artefact.down_file)
+    if given not in pairs:
+        name, wanted = next((mine, its) for mine, its in zip(given, pairs[0], strict=True) if mine != its)
+        raise ValueError(f"it names the file {name}, and its layer's is {wanted}")
 
 
 def _read_environment(reader: Reader) -> Environment:

@@ -8,10 +8,9 @@ from enum import Enum
 from pathlib import Path
 
 from fixer.artefacts.artefact import Artefact
-from fixer.artefacts.install import Pair
+from fixer.artefacts.install import Pair, write_beside
 from fixer.artefacts.vllm import approximations, vllm_file_name, vllm_table
 from fixer.base.errors import SGLangError
-from fixer.base.files import write_together
 from fixer.sglang.find_tree import fetched_tree, installed_tree, tree_at
 from fixer.sglang.releases import RELEASES
 from fixer.sglang.tree import Tree
@@ -39,40 +38,38 @@ class Written:
     notes: tuple[str, ...]
 
 
-def write_artefact(artefact: Artefact, path: Path) -> Written:
+def write_artefact(artefact: Artefact, path: Path, home: Path | None = None) -> Written:
     """The artefact as one file.
 
     Raises:
         StoreError: it cannot be written.
     """
-    write_together(((path, artefact.to_json().encode()),))
-    return Written((path,), ())
+    return Written((path,), write_beside(((path, artefact.to_json().encode()),), home))
 
 
-def write_sglang(artefact: Artefact, folder: Path) -> Written:
+def write_sglang(artefact: Artefact, folder: Path, home: Path | None = None) -> Written:
     """SGLang's pair of files under their exact names.
 
     Raises:
         StoreError: they cannot be written; neither is changed.
     """
     files = _pair_files(artefact, folder)
-    write_together(files)
-    where = f"configs/triton_{artefact.environment.triton.replace('.', '_')}"
-    return Written(tuple(path for path, _ in files), (f"SGLang {artefact.environment.sglang} looks in {where}",))
+    note = f"SGLang {artefact.environment.sglang} looks in configs/{artefact.triton_folder}"
+    return Written(tuple(path for path, _ in files), (*write_beside(files, home), note))
 
 
-def write_vllm(artefact: Artefact, folder: Path) -> Written:
+def write_vllm(artefact: Artefact, folder: Path, home: Path | None = None) -> Written:
     """vLLM's joint file.
 
     Raises:
         StoreError: it cannot be written.
     """
     path = folder / vllm_file_name(artefact.workload, artefact.environment.card)
-    write_together(((path, render_table(vllm_table(artefact))),))
-    return Written((path,), (*approximations(artefact), f"start vLLM with VLLM_TUNED_CONFIG_FOLDER={folder}"))
+    kept = write_beside(((path, render_table(vllm_table(artefact))),), home)
+    return Written((path,), (*kept, *approximations(artefact), f"start vLLM with VLLM_TUNED_CONFIG_FOLDER={folder}"))
 
 
-def write_config_dir(artefact: Artefact, folder: Path, tree: Tree | None) -> Written:
+def write_config_dir(artefact: Artefact, folder: Path, tree: Tree | None, home: Path | None = None) -> Written:
     """A folder for SGLANG_MOE_CONFIG_DIR: all files that SGLang ships, copied, and the pair.
 
     Args:
@@ -88,12 +85,13 @@ def write_config_dir(artefact: Artefact, folder: Path, tree: Tree | None) -> Wri
         for path in sorted(tree.shipped_configs.glob("triton_*/*.json")):
             files[configs / path.parent.name / path.name] = path.read_bytes()
     shipped = len(files)
-    pair = _pair_files(artefact, configs / f"triton_{artefact.environment.triton.replace('.', '_')}")
-    write_together(tuple((files | dict(pair)).items()))
+    pair = _pair_files(artefact, configs / artefact.triton_folder)
+    kept = write_beside(tuple((files | dict(pair)).items()), home)
     note = f"{shipped} files of SGLang {artefact.environment.sglang} are in it, since it takes their place"
     if not shipped:
         note = "SGLang's shipped files are NOT in it: with this folder every other model runs without a tuning file"
-    return Written(tuple(path for path, _ in pair), (note, f"start SGLang with SGLANG_MOE_CONFIG_DIR={folder}"))
+    notes = (*kept, note, f"start SGLang with SGLANG_MOE_CONFIG_DIR={folder}")
+    return Written(tuple(path for path, _ in pair), notes)
 
 
 def _pair_files(artefact: Artefact, folder: Path) -> tuple[tuple[Path, bytes], ...]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -153,6 +154,53 @@ def install_pair(folder: Path, pair: Pair, home: Path, sglang_version: str, *, o
             ) from fault
         return _install_overlay(folder, pair, home, safe_name(sglang_version), fault.message)
     return _installation(folder, pair, notes=notes)
+
+
+def write_beside(files: Sequence[tuple[Path, bytes]], home: Path | None = None) -> tuple[str, ...]:
+    """Write files into a folder of the user's; what differs there is kept under another name, unless moefix wrote it.
+
+    The copy is `<name>.before-moefix`, or, where that is taken, `<name>.before-moefix-2` and so on.
+
+    Args:
+        files: paths and contents.
+        home: the data folder, which remembers what moefix wrote; None where that is not known.
+
+    Returns:
+        A note for each copy.
+
+    Raises:
+        StoreError: a file cannot be kept or written; then none is changed.
+    """
+    notes = tuple(note for path, content in files for note in _keep_copy(path, content, home))
+    write_together(files)
+    if home is not None:
+        with contextlib.suppress(OSError):  # at worst a later export keeps this one as if it were another's
+            for _, content in files:
+                mark = _mark(home, content)
+                mark.parent.mkdir(exist_ok=True)
+                mark.touch()
+    return notes
+
+
+def _keep_copy(path: Path, new: bytes, home: Path | None) -> tuple[str, ...]:
+    old = _content(path)
+    if path.is_dir() or not path.exists() or old == new:
+        return ()
+    if old is not None and home is not None and _mark(home, old).exists():
+        return ()
+    ends = (BACKUP_SUFFIX, *(f"{BACKUP_SUFFIX}-{number}" for number in range(2, 100)))
+    for copy in (path.with_name(path.name + end) for end in ends):
+        if old is not None and _content(copy) == old:
+            return ()
+        if not os.path.lexists(copy):
+            break
+    else:
+        raise StoreError(f"{path} has 99 copies beside it", "Move them away, or name another folder.")
+    try:
+        shutil.copyfile(path, copy)
+    except OSError as fault:
+        raise StoreError(f"{path} cannot be kept as {copy.name}: {fault.strerror or fault}", "Move it away.") from fault
+    return (f"the {path.name} that was there is kept as {copy.name}",)
 
 
 def _installation(

@@ -21,6 +21,7 @@ from fixer.model.rules.decide import decide
 from fixer.model.rules.ladder import ladder
 from fixer.sglang.flags import ServerFlags
 from fixer.sglang.tree import Tree
+from fixer.workload import Projection
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
@@ -81,6 +82,7 @@ def install_in(tree: Tree, artefact: Artefact, home: Path) -> Installation:
         StoreError: nothing can be written.
     """
     check_tree(artefact.environment, tree)
+    check_names(artefact, tree)
     pair, folder = Pair.of(artefact), tree.triton_folder
     return install_pair(folder, pair, home, tree.version, overlay=tree.reads_config_dir_variable)
 
@@ -124,6 +126,21 @@ def check_tree(environment: Environment, tree: Tree) -> None:
         raise SGLangError(
             f"the artefact is of another kernel than that of SGLang {tree.version} in {tree.package}",
             "One of the two SGLangs was changed: tune with this one.",
+        )
+
+
+def check_names(artefact: Artefact, tree: Tree) -> None:
+    """Refuse an artefact whose files are not those that a tree asks for with its layer, on its card.
+
+    Raises:
+        SGLangError: they are others.
+    """
+    card = card_of(artefact.environment)
+    wanted = tuple(tree.file_name(artefact.workload, card, projection) for projection in Projection)
+    if (artefact.gate_up_file, artefact.down_file) != wanted:
+        raise SGLangError(
+            f"the artefact is of {artefact.gate_up_file}, and SGLang in {tree.package} asks for {wanted[0]}",
+            "Tune with this SGLang.",
         )
 
 
@@ -215,6 +232,9 @@ def describe(artefact: Artefact) -> str:
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
+
+
+# What is there is kept under another name, unless moefix wrote it, which the data folder `home` knows.
 
 
 def listing(kept: Sequence[tuple[Path, Artefact]], home: Path) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from fixer.artefacts.artefact import Artefact
+from fixer.base.file_name import FileName
 from fixer.workload import NumberFormat, Tile, Workload
 
 _DTYPES: Mapping[NumberFormat, str] = {
@@ -25,12 +26,15 @@ _DTYPES: Mapping[NumberFormat, str] = {
 """What vLLM puts behind `dtype=`, "" where it puts nothing: INT8 weights and activations ask for the bf16 file."""
 
 
-def vllm_file_name(workload: Workload, card: str) -> str:
+def vllm_file_name(workload: Workload, card: str) -> FileName:
     """The name that vLLM asks for.
 
     Args:
         workload: the layer on one shard.
         card: the card's name as the CUDA driver writes it.
+
+    Raises:
+        ValueError: the card's name cannot be part of a file's.
     """
     device = card.replace(" ", "_")
     if "H200" in device.split("_"):
@@ -42,7 +46,7 @@ def vllm_file_name(workload: Workload, card: str) -> str:
         parts.append(f"dtype={_DTYPES[workload.number_format]}")
     if workload.block_shape is not None and all(workload.block_shape):
         parts.append("block_shape=[{},{}]".format(*workload.block_shape))
-    return ",".join(parts) + ".json"
+    return FileName(",".join(parts) + ".json")
 
 
 def vllm_table(artefact: Artefact) -> dict[int, Tile]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from fixer.base.errors import StoreError
+from fixer.base.file_name import FileName
 
 HOME_HINT = "Set MOEFIX_HOME (or --moefix-home) to a folder that this user can write."
 
@@ -212,15 +213,18 @@ def set_aside(path: Path, reason: str, label: str = "damaged") -> Damaged:
 
 
 def check_file_name(name: str) -> str:
-    """The name itself, if it is a plain .json file's: no folder in it, not hidden, printable, of bearable length.
+    """The name itself, if it is a plain .json file's: no folder in it, not hidden, printable, at most 200 bytes.
+
+    The rest of the 255 bytes is for the endings that moefix appends, such as `.before-moefix`.
 
     Raises:
         ValueError: it is not.
     """
-    plain = name.isprintable() and "/" not in name and "\\" not in name and not name.startswith(".")
-    if not (plain and name.endswith(".json") and len(os.fsencode(name)) <= 200):
-        raise ValueError(f"{name[:80]!r} is no name for a tuning file")
-    return name
+    with contextlib.suppress(ValueError):
+        FileName(name)
+        if name.endswith(".json") and not name.startswith(".") and len(os.fsencode(name)) <= 200:
+            return name
+    raise ValueError(f"{name[:80]!r} is no name for a tuning file")
 
 
 _T = TypeVar("_T")

@@ -284,8 +284,8 @@ def _check_requests() -> None:
     hub: Any = huggingface_hub
     configure_http_backend, get_session = hub.configure_http_backend, hub.get_session
 
-    plain: Any = type(get_session())
-    kind: Any = type(get_session().get_adapter("https://"))  # its own, which knows HF_HUB_OFFLINE
+    first: Any = get_session()
+    kind: Any = type(first.get_adapter("https://"))  # its own, which knows HF_HUB_OFFLINE
 
     class Adapter(kind):  # type: ignore[misc]
         def send(self, request: Any, stream: bool = False, timeout: Any = None, **more: Any) -> Any:
@@ -302,7 +302,7 @@ def _check_requests() -> None:
             return response
 
     def session() -> Any:
-        new: Any = plain()
+        new: Any = type(first)()
         new.mount("http://", Adapter())
         new.mount("https://", Adapter())
         return new

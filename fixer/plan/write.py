@@ -8,6 +8,7 @@ from pathlib import Path
 
 import fixer
 from fixer.artefacts.artefact import Artefact, Decision, Environment, RowChoice
+from fixer.artefacts.install import write_beside
 from fixer.base.errors import UsageError
 from fixer.base.files import check_file_name, utc_now, write_together
 from fixer.plan.plan import SCHEMA, Plan
@@ -38,7 +39,10 @@ def write_plan(plan: Plan, folder: Path) -> tuple[Path, ...]:
         files.append((folder / check_file_name(plan.lookup.down), render_table(down)))
     names = [path.name for path, _ in files]
     files.append((folder / sidecar_name(plan.lookup), _sidecar(plan, names)))
-    write_together(files)
+    if not files[-1][0].exists():  # without a sidecar what is there is not moefix's
+        write_beside(files)
+    else:
+        write_together(files)
     return tuple(path for path, _ in files)
 
 

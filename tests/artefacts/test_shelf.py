@@ -26,6 +26,7 @@ from fixer.base.errors import StoreError
 from fixer.base.files import safe_name, set_aside, write_atomically, write_together
 from fixer.base.locks import Lock
 from fixer.workload import NumberFormat, Tile, Workload, check_tile
+from tests.support.artefacts import renamed
 
 ROOT = Path(__file__).resolve().parents[2]
 NOBODY = 65534
@@ -275,7 +276,7 @@ def test_another_environments_artefact_is_not_used_and_the_part_is_named(tmp_pat
     assert found.mismatch.parts == (part,)
     assert phrase in found.mismatch.reasons[0]
     # Tuned anew, both are kept, each for its own environment.
-    save_artefact(tmp_path, replace(ARTEFACT, environment=now))
+    save_artefact(tmp_path, renamed(ARTEFACT, environment=now))
     assert find_artefact(tmp_path, now, LAYER).artefact.environment == now
     assert find_artefact(tmp_path, HERE, LAYER).artefact == ARTEFACT
 
@@ -324,6 +325,14 @@ def signed(body):
     """A text whose checksum is right, so that only the reading of each part stands between it and being believed."""
     body = {name: value for name, value in body.items() if name != "checksum"}
     return json.dumps({**body, "checksum": artefact_module._checksum(body)}).encode()
+
+
+def forged_environment(**changes):
+    body = json.loads(GOOD)
+    return {**body, "environment": {**body["environment"], **changes}}
+
+
+BF16_FILE = "E=128,N=768,device_name=NVIDIA_GeForce_RTX_4090.json"
 
 
 @settings(max_examples=300, deadline=None)
@@ -399,6 +408,16 @@ def test_wrong_types_and_values_never_raise(tmp_path_factory, place, value):
         (signed({**json.loads(GOOD), "rows": json.loads(GOOD)["rows"][:1] * 2}), "ascending"),
         (signed({**json.loads(GOOD), "rows": []}), "1 to 1024"),
         (signed({**json.loads(GOOD), "down_file": "../x.json"}), "no name for a tuning file"),
+        (
+            signed({**json.loads(GOOD), "gate_up_file": "package.json"}),
+            "it names the file package.json, and its layer's is E=128,N=768",
+        ),
+        (
+            signed({**json.loads(GOOD), "gate_up_file": BF16_FILE}),
+            f"it names the file {BF16_FILE}, and its layer's is E=128,N=768",
+        ),
+        (signed(forged_environment(card="x/../../victim/config")), "and its layer's is E=128,N=768,device_name=x/.."),
+        (signed(forged_environment(triton="3/6")), "'triton_3/6' is no file name"),
         (signed({**json.loads(GOOD), "measured": False}), "nothing was measured"),
         (signed({**json.loads(GOOD), "created": "yesterday"}), "yesterday"),
         (signed({**json.loads(GOOD), "seconds": float("1e300")}), "seconds"),
@@ -556,8 +575,8 @@ def test_another_users_lock_file_still_locks(open_folder):
 
 
 def test_earlier_tiles_are_those_of_the_same_format_the_most_frequent_first(tmp_path):
-    other_shape = replace(ARTEFACT, workload=replace(LAYER, experts=64))
-    other_format = replace(ARTEFACT, workload=replace(LAYER, block_shape=None), environment=replace(HERE, card="other"))
+    other_shape = renamed(ARTEFACT, workload=replace(LAYER, experts=64))
+    other_format = renamed(ARTEFACT, workload=replace(LAYER, block_shape=None), environment=replace(HERE, card="other"))
     for artefact in (other_shape, other_format):
         save_artefact(tmp_path, artefact)
     tiles = earlier_tiles(tmp_path, LAYER)

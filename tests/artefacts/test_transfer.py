@@ -12,25 +12,35 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fixer.artefacts.artefact import Artefact
+from fixer.artefacts.artefact import Artefact, _checksum
 from fixer.artefacts.environment import environment_of
 from fixer.artefacts.forms import tree_of, write_artefact, write_config_dir, write_sglang, write_vllm
 from fixer.artefacts.install import Pair
 from fixer.artefacts.shelf import find_artefact, kept_artefacts, save_artefact
-from fixer.artefacts.transfer import artefacts_in, for_card, for_model, install_in, keep, only_one, read_artefacts
-from fixer.base.errors import SGLangError, UsageError
+from fixer.artefacts.transfer import (
+    artefacts_in,
+    check_names,
+    for_card,
+    for_model,
+    install_in,
+    keep,
+    only_one,
+    read_artefacts,
+)
+from fixer.base.errors import SGLangError, StoreError, UsageError
 from fixer.machine.cards import find_card
 from fixer.model.config import load_model
 from fixer.plan.make_plan import make_plan
 from fixer.plan.write import planned_artefact
+from fixer.sglang.file_names import pairs_of_names
 from fixer.sglang.find_tree import tree_at
 from fixer.sglang.flags import parse_flags
 from fixer.sglang.tuning_files import parse_table, render_table
 from fixer.workload import Tile
-from tests.support.artefacts import H100, RTX_4090, artefact_of
+from tests.support.artefacts import H100, RTX_4090, artefact_of, renamed
 
 ROOT = Path(__file__).resolve().parents[2]
-FP8 = "q3_30b_fp8_4090"
+FP8 = "q3_30b_fp8dyn_tp1_l40s"
 
 
 @pytest.fixture(scope="session")
@@ -228,6 +238,97 @@ def test_a_config_dir_is_read_by_sglangs_own_rule(artefact, tree, tmp_path, monk
 
 def test_a_config_dir_without_the_shipped_files_says_so(artefact, tmp_path):
     assert "NOT in it" in write_config_dir(artefact, tmp_path, None).notes[0]
+
+
+FORMS = {
+    "artefact": lambda artefact, folder, tree, home: write_artefact(artefact, folder / "a.json", home),
+    "sglang": lambda artefact, folder, tree, home: write_sglang(artefact, folder, home),
+    "vllm": lambda artefact, folder, tree, home: write_vllm(artefact, folder, home),
+    "config-dir": write_config_dir,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_export_keeps_what_another_wrote_under_that_name(artefact, tree, tmp_path, form):
+    folder, home = tmp_path / "out", tmp_path / "home"
+    home.mkdir()
+    first = FORMS[form](artefact, folder, tree, None)
+    names = {path for path in folder.rglob("*") if path.is_file()}
+    assert not any("kept as" in note for note in first.notes)
+    assert FORMS[form](artefact, folder, tree, None) == first  # the same once more: nothing to keep
+    for number, end in ((1, ""), (2, "-2")):
+        first.paths[0].write_text(f"mine {number}")
+        notes = FORMS[form](artefact, folder, tree, home).notes
+        copy = first.paths[0].with_name(f"{first.paths[0].name}.before-moefix{end}")
+        assert copy.read_text() == f"mine {number}"
+        assert f"the {first.paths[0].name} that was there is kept as {copy.name}" in notes
+        names.add(copy)
+    # What moefix wrote itself, and remembers, is replaced.
+    other = replace(artefact, rows=artefact.rows[:-1])
+    assert not any("kept as" in note for note in FORMS[form](other, folder, tree, home).notes)
+    assert {path for path in folder.rglob("*") if path.is_file()} == names
+
+
+def test_an_export_that_cannot_keep_what_is_there_changes_nothing(artefact, tmp_path):
+    (tmp_path / artefact.gate_up_file).write_text("mine")
+    (tmp_path / artefact.down_file).write_text("mine too")
+    for end in ("", *(f"-{number}" for number in range(2, 100))):
+        (tmp_path / f"{artefact.down_file}.before-moefix{end}").write_text(end)
+    with pytest.raises(StoreError, match="99 copies"):
+        write_sglang(artefact, tmp_path)
+    assert (tmp_path / artefact.gate_up_file).read_text() == "mine"
+    assert (tmp_path / artefact.down_file).read_text() == "mine too"
+
+
+def forged(artefact, path, **changes):
+    """A file as another's hand would write it, with a checksum that is right."""
+    body = {name: value for name, value in json.loads(artefact.to_json()).items() if name != "checksum"}
+    for name, value in changes.items():
+        inner, _, key = name.rpartition("__")
+        (body[inner] if inner else body)[key] = value
+    path.write_text(json.dumps({**body, "checksum": _checksum(body)}))
+    return str(path)
+
+
+@pytest.mark.parametrize("form", ["vllm", "sglang", "config-dir"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"environment__card": "x/../../victim/config"},
+        {"environment__triton": "../../victim"},
+        {"gate_up_file": "package.json"},
+        {"gate_up_file": "../victim/config.json"},
+    ],
+)
+def test_a_forged_artefact_writes_nothing_anywhere(artefact, tree, tmp_path, form, changes):
+    source = forged(artefact, tmp_path / "v.json", **changes)
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "config.json").write_text("mine")
+    arguments = ("--file", source, "--as", form, "--sglang-root", str(tree.package), "--out", str(tmp_path / "o"))
+    result = moefix(tmp_path / "home", "export", *arguments)
+    assert result.returncode == 2, result.stderr
+    assert "damaged one" in result.stderr
+    assert (tmp_path / "victim" / "config.json").read_text() == "mine"
+    assert not (tmp_path / "o").exists()
+
+
+def test_another_layers_names_are_not_imported(artefact, tree, models, tmp_path):
+    other = artefact_of(tree, ("--model", str(models[FP8])), RTX_4090)
+    names = {"gate_up_file": artefact.gate_up_file, "down_file": artefact.down_file}
+    result = moefix(tmp_path / "home", "import", forged(other, tmp_path / "v.json", **names))
+    assert result.returncode == 2
+    assert f"it names the file {artefact.gate_up_file}, and its layer's is {other.gate_up_file}" in result.stderr
+    assert not list((tmp_path / "home").glob("artefacts/*/*"))
+
+
+def test_a_tree_that_names_the_layer_otherwise_gets_no_files(tree, models):
+    scaled = artefact_of(tree, ("--model", str(models[FP8])), RTX_4090)
+    workload = replace(scaled.workload, block_shape=None, per_channel_quant=True)
+    with_channel = renamed(scaled, workload=workload)
+    check_names(with_channel, tree)
+    up, down = pairs_of_names(workload, scaled.environment.card)[1]  # as 0.4.9 names them
+    with pytest.raises(SGLangError, match="asks for E=128"):
+        check_names(replace(with_channel, gate_up_file=up, down_file=down), tree)
 
 
 def test_which_tree_a_config_dir_is_made_from(tree, tmp_path, moefix_home):

@@ -6,7 +6,7 @@ import pytest
 
 from fixer.artefacts.vllm import approximations, vllm_file_name, vllm_table
 from fixer.workload import NumberFormat, Workload
-from tests.support.artefacts import LARGE, RTX_4090, SMALL, artefact_of
+from tests.support.artefacts import LARGE, RTX_4090, SMALL, artefact_of, renamed
 
 BF16 = Workload(128, 768, 2048, 8)
 
@@ -44,7 +44,7 @@ BF16 = Workload(128, 768, 2048, 8)
     ],
 )
 def test_the_names_are_vllms(workload, card, name):
-    assert vllm_file_name(workload, card) == name
+    assert str(vllm_file_name(workload, card)) == name
 
 
 def test_one_tile_for_both_and_what_that_leaves_out(trees, models):
@@ -57,4 +57,10 @@ def test_one_tile_for_both_and_what_that_leaves_out(trees, models):
     assert f"in {large} of {len(artefact.rows)} rows" in said
     assert "scale per channel" not in said
     scaled = replace(artefact.workload, number_format=NumberFormat.FP8_W8A8, per_channel_quant=True)
-    assert "scale per channel" in " ".join(approximations(replace(artefact, workload=scaled)))
+    assert "scale per channel" in " ".join(approximations(renamed(artefact, workload=scaled)))
+
+
+@pytest.mark.parametrize("card", ["x/../../victim/config", "/etc/x", "a\\b", "a\x00b", "a\nb", "x" * 300])
+def test_a_card_that_leads_out_of_the_folder_is_in_no_name(card):
+    with pytest.raises(ValueError, match="no file name"):
+        vllm_file_name(BF16, card)

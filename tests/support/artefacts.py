@@ -11,6 +11,7 @@ from fixer.machine.cards import Card
 from fixer.model.config import load_model
 from fixer.model.rules.decide import decide
 from fixer.model.rules.ladder import ladder
+from fixer.sglang.file_names import pairs_of_names
 from fixer.sglang.flags import parse_flags
 from fixer.sglang.tree import Tree
 from fixer.workload import Tile
@@ -18,6 +19,14 @@ from fixer.workload import Tile
 RTX_4090 = Card("NVIDIA GeForce RTX 4090", (8, 9), 101376, 24564, 0, "580.159.03")
 H100 = Card("NVIDIA H100 80GB HBM3", (9, 0), 232448, 81559, 0, "580.159.03")
 SMALL, LARGE = Tile(16, 64, 128, 1, 4, 4), Tile(64, 128, 64, 16, 8, 3)
+
+
+def renamed(artefact: Artefact, **changes) -> Artefact:
+    """The same with another workload or environment, and the file names that follow from them."""
+    workload = changes.get("workload", artefact.workload)
+    card = changes.get("environment", artefact.environment).card
+    gate_up, down = pairs_of_names(workload, card)[0]
+    return replace(artefact, gate_up_file=gate_up, down_file=down, **changes)
 
 
 def artefact_of(tree: Tree, argv: Sequence[str], card: Card, *, measured: bool = True, **environment) -> Artefact:

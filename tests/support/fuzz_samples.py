@@ -14,7 +14,10 @@ LAYER = Workload(8, 64, 128, 2, NumberFormat.FP8_W8A8, per_channel_quant=True)
 SMALL, LARGE = Tile(16, 64, 128, 1, 4, 4), Tile(64, 128, 64, 16, 8, 3)
 
 
-UP, DOWN = "E=8,N=64,device_name=X,dtype=fp8_w8a8.json", "E=8,N=64,device_name=X,dtype=fp8_w8a8_down.json"
+UP = "E=8,N=64,device_name=NVIDIA_H100_80GB_HBM3,dtype=fp8_w8a8,per_channel_quant=True.json"
+
+
+DOWN = UP.replace(".json", "_down.json")
 
 
 ARTEFACT = Artefact(

@@ -18,7 +18,7 @@ from fixer.model.download.cached import Place, bytes_there, cached, total_bytes
 from fixer.model.download.messages import Bytes, Done, Plan, Request, Tell, Trouble
 from fixer.model.download.weights import Presence, RepoFile, choose, is_safe
 from fixer.model.hub import UnreachableError, hub_cache, is_commit, repository_folder, snapshot_folder
-from fixer.model.hub_answers import CHECKS
+from fixer.model.hub_answers import CHECKS, check_answers
 
 QUIET_SECONDS = 30.0
 """Seconds without a byte after which that is said."""
@@ -61,7 +61,7 @@ class Attempt:
         with self._telling():
             request = self.request
             commit = self._commit = self._commit or _resolve(request)
-            places = self._places or _places(request, _listing(request.name, commit))
+            places = self._places or _places(request, listing(request.name, commit))
             remove_leftovers(request.name, places)
             _check_space(request, places, commit)
             count, total = sum(len(place.files) for place in places), total_bytes(places)
@@ -123,18 +123,24 @@ def _resolve(request: Request) -> str:
     return commit
 
 
-def _listing(name: str, commit: str) -> list[RepoFile]:
+def listing(name: str, revision: str, endpoint: str | None = None) -> list[RepoFile]:
+    """A repository's files.
+
+    Raises:
+        HubError: it has more than `MOST_FILES`, or the hub's answer is none.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile as Listed
 
+    check_answers()
     files = []
-    for entry in HfApi().list_repo_tree(name, recursive=True, revision=commit):
+    for entry in HfApi(endpoint=endpoint).list_repo_tree(name, recursive=True, revision=revision):
         if isinstance(entry, Listed):
             blob = entry.lfs.sha256 if entry.lfs is not None else entry.blob_id
             files.append(RepoFile(entry.path, entry.size, blob))
         if len(files) > MOST_FILES:
             raise HubError(f"{name} has more than {MOST_FILES} files", "is it a model?")
-    CHECKS.sizes = {(commit, file.path): file.size for file in files}
+    CHECKS.sizes = {(revision, file.path): file.size for file in files}
     return files
 
 

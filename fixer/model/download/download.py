@@ -279,7 +279,7 @@ class Download:
         if self._process is not None:
             self._process.terminate()  # it removes the parts of files that nobody would use again
             with suppress(subprocess.TimeoutExpired):
-                self._process.wait(1)
+                self._process.wait(0.5)
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.kill()
