@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 
 from fixer.model.config import Model, Source
+from fixer.model.download.attempt import listing
 from fixer.model.download.cached import cached
 from fixer.model.download.weights import FETCHED, Presence, RepoFile, choose, files_of
-from fixer.model.hub import Hub, hub_cache, is_hub_id, snapshot_folder, uses_modelscope
+from fixer.model.fetch_file import Hub, before
+from fixer.model.hub import hub_cache, is_hub_id, snapshot_folder, uses_modelscope
 from fixer.sglang.flags import ServerFlags
 
 
@@ -48,6 +50,6 @@ def _listed(model: Model, flags: ServerFlags, hub: Hub) -> list[RepoFile] | None
     if constants.HF_HUB_OFFLINE or model.from_cache:
         return None
     try:
-        return _before(hub.deadline_s, lambda late: _listing(model.name, revision or "main", hub.endpoint))
+        return before(hub.deadline_s, lambda late: listing(model.name, revision or "main", hub.endpoint))
     except Exception:  # whatever keeps the hub from saying it: the download will say so, or SGLang
         return None
