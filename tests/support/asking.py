@@ -18,12 +18,12 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fixer.machine.cards import Card, find_card
-from fixer.model.asking.answer import Answer
+from fixer.model.asking.answer import Answer, Outcome
 from fixer.model.asking.ask import CardFacts, Question, ask_all
 from fixer.model.config import model_from_config
 from fixer.model.rules.case import Decision
@@ -161,13 +161,13 @@ def rule_difference(case: Case, answer: Answer, release: str) -> str:
     if said != answer.outcome.value:
         why = answer.kernel or answer.reason
         return f"the rules say {said} ({decision.reason}), SGLang {answer.outcome.value} ({why})"
-    up = next((one for one in answer.look_ups if not one.down), None)
-    work = decision.workload
-    if up is not None and work is not None:
-        ours = (work.experts, work.intermediate, work.block_shape, work.per_channel_quant)
-        theirs = (up.experts, up.width, up.block_shape, up.per_channel_quant)
-        if ours != theirs or work.number_format.value != (up.dtype or "none"):
-            return f"the rules say {ours} {work.number_format.value}, SGLang {theirs} {up.dtype}"
+    theirs = next((kind.workload for kind in answer.experts if kind.outcome is Outcome.ASKS), None)
+    if theirs is not None and decision.workload is not None:
+        ours = replace(
+            decision.workload, group_size=0, has_zero_points=False, gated=True, tp_size=1, ep_size=1
+        )  # not in a name
+        if ours != theirs:
+            return f"the rules say {ours}, SGLang {theirs}"
     dense = {(product.n, product.k) for product in answer.dense if product.asks and product.family == "block_fp8"}
     if dense != set(decision.dense_shapes):
         return f"dense products: the rules say {sorted(decision.dense_shapes)}, SGLang {sorted(dense)}"

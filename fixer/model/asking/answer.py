@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from fixer.workload import NumberFormat, Workload
+
 TRITON = "fused_moe_triton"
 """The kernel that moefix tunes."""
 
@@ -61,6 +63,9 @@ class ExpertLayers:
         layers: how many there are.
         names: their module names.
         method: SGLang's class that holds the weights ("Fp8MoEMethod").
+        hidden_size: of the model.
+        top_k: the experts that a token goes to, fused shared ones included.
+        activation_dtype: of the hidden states ("bfloat16").
     """
 
     outcome: Outcome
@@ -70,6 +75,30 @@ class ExpertLayers:
     layers: int
     names: tuple[str, ...]
     method: str
+    hidden_size: int
+    top_k: int
+    activation_dtype: str
+
+    @property
+    def workload(self) -> Workload | None:
+        """The layers as the tuned kernel sees them, None where SGLang asks for no file or in a format unknown here.
+
+        Groups, zero points, gating and ranks are not in a file's name and are left as by default: take them from the
+        rules (`dataclasses.replace`).
+        """
+        up = next((one for one in self.look_ups if not one.down), None)
+        if up is None or (up.dtype or "none") not in {known.value for known in NumberFormat}:
+            return None
+        return Workload(
+            experts=up.experts,
+            intermediate=up.width,
+            hidden_size=self.hidden_size,
+            top_k=self.top_k,
+            number_format=NumberFormat(up.dtype or "none"),
+            block_shape=up.block_shape,
+            per_channel_quant=up.per_channel_quant,
+            activation_dtype=self.activation_dtype,
+        )
 
 
 @dataclass(frozen=True)

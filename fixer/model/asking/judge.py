@@ -43,6 +43,9 @@ class ExpertRow:
 
     layers: int
     names: tuple[str, ...]
+    hidden: int
+    top_k: int
+    activation: str
     layer_class: str
     method: str
     scheme: str
@@ -120,7 +123,8 @@ def expert_layers(row: ExpertRow) -> ExpertLayers:
         LookUp(a.E, a.N, a.dtype, a.block_shape, a.per_channel_quant, a.down, a.name) for a in dict.fromkeys(row.asked)
     )
     outcome, kernel, reason = _kernel_of(row)
-    return ExpertLayers(outcome, kernel, reason, look_ups, row.layers, row.names, row.method)
+    sizes = (row.hidden, row.top_k, row.activation)
+    return ExpertLayers(outcome, kernel, reason, look_ups, row.layers, row.names, row.method, *sizes)
 
 
 def _kernel_of(row: ExpertRow) -> tuple[Outcome, str, str]:

@@ -7,6 +7,7 @@ import pytest
 
 from fixer.model.asking.answer import Outcome
 from fixer.model.asking.judge import DenseRow, ExpertRow, dense_product, expert_layers, judge
+from fixer.workload import NumberFormat, Workload
 
 UP = {
     "E": 128,
@@ -20,6 +21,9 @@ UP = {
 EXPERTS: dict[str, Any] = {
     "layers": 48,
     "names": ["model.layers.0.mlp.experts"],
+    "hidden": 2048,
+    "top_k": 8,
+    "activation": "bfloat16",
     "layer_class": "FusedMoE",
     "method": "Fp8MoEMethod",
     "scheme": "",
@@ -59,6 +63,11 @@ def test_a_name_that_was_built_is_asked_for() -> None:
     assert (kind.outcome, kind.kernel) == (Outcome.ASKS, "fused_moe_triton")
     (look_up,) = kind.look_ups
     assert (look_up.experts, look_up.width, look_up.block_shape) == (128, 384, (128, 128))
+    assert kind.workload == Workload(
+        128, 384, 2048, 8, NumberFormat.FP8_W8A8, block_shape=(128, 128), activation_dtype="bfloat16"
+    )
+    assert expert_layers(experts(runner="marlin")).workload is None
+    assert expert_layers(experts(asked=[{**UP, "dtype": "fp6"}])).workload is None
 
 
 @pytest.mark.parametrize(

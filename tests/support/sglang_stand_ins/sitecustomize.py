@@ -139,6 +139,7 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def create_module(self, spec):
         module = Module(spec.name)
         module.__path__ = []
+        module.__version__ = "999.0"
         module.__file__ = f"/stand-in/{spec.name.replace('.', '/')}/__init__.py"
         return module
 

@@ -73,9 +73,13 @@ def _expert_row(kind: list[tuple[str, Any]], text: Any, root: str) -> dict[str, 
     asked: list[dict[str, Any]] = []
     with _listening(asked) as looked_up:
         ended, fault = _ends(lambda: layer.forward(*_inputs(layer, text)), root)
+    hidden, top_k = _sizes(layer, text)
     return {
         "layers": len(kind),
         "names": [name for name, _ in kind][:MOST_NAMES],
+        "hidden": hidden,
+        "top_k": top_k,
+        "activation": str(torch.get_default_dtype()).removeprefix("torch."),
         "layer_class": type(layer).__name__,
         "method": type(layer.quant_method).__name__,
         "scheme": _class_name(getattr(layer, "scheme", None)),
@@ -131,20 +135,23 @@ def _upcast(packed: Any, *_: Any, dtype: Any = None, axis: int = -1, **__: Any) 
     return torch.empty(shape, dtype=dtype or torch.get_default_dtype())
 
 
-def _inputs(layer: Any, text: Any) -> tuple[Any, Any]:
-    """Hidden states and the router's choice for some tokens, as meta tensors."""
+def _sizes(layer: Any, text: Any) -> tuple[int, int]:
+    """The hidden size and the experts a token goes to; a few models leave them to their configuration."""
     hidden = getattr(layer, "hidden_size", None) or text.hidden_size
     top_k = getattr(layer, "top_k", None) or _first(
         text, "num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_top_k", "moe_topk"
     )
-    top_k = top_k if isinstance(top_k, int) else 2
+    return int(hidden), top_k if isinstance(top_k, int) else 2
+
+
+def _inputs(layer: Any, text: Any) -> tuple[Any, Any]:
+    """Hidden states and the router's choice for some tokens, as meta tensors."""
+    hidden, top_k = _sizes(layer, text)
     dtype = torch.get_default_dtype()
     weights = torch.empty((TOKENS, top_k), dtype=torch.float32)
     ids = torch.empty((TOKENS, top_k), dtype=torch.int32)
     logits = torch.empty((TOKENS, int(layer.num_experts)), dtype=torch.float32)
-    return torch.empty((TOKENS, int(hidden)), dtype=dtype), find("layers.moe.topk:StandardTopKOutput")(
-        weights, ids, logits
-    )
+    return torch.empty((TOKENS, hidden), dtype=dtype), find("layers.moe.topk:StandardTopKOutput")(weights, ids, logits)
 
 
 def _first(config: Any, *names: str) -> Any:
