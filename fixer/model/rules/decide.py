@@ -27,7 +27,7 @@ from fixer.model.rules.case import (
 )
 from fixer.model.rules.dense import shapes_asked_for
 from fixer.model.rules.families import ExpertLayer, expert_layer, family_of, size
-from fixer.model.rules.family import NONE, Attention, Family, RunnerRule
+from fixer.model.rules.family import NONE, Attention, Family
 from fixer.model.rules.quantization import resolve
 from fixer.model.rules.runner import by_runner, mixtral_fused
 from fixer.model.rules.scheme import Fate, Question
@@ -194,13 +194,6 @@ def _refusal(case: Case) -> str:
     if case.scheme.method != NONE and case.flags.dtype == "float32":
         return f"SGLang stops: {case.scheme.method} does not go with --dtype float32; leave it out"
     return ""
-
-
-def has_runner(rule: RunnerRule, case: Case) -> bool:
-    """Whether the release has the rule; one between the known ones, where its tree has the runner at all."""
-    if rule.since == NEW and case.release not in KNOWN_RELEASES and case.declared.flags:
-        return rule.runner in case.declared.runner_backends
-    return at_least(case.release, rule.since)
 
 
 # --- the Triton kernel ------------------------------------------------------------------------------------------

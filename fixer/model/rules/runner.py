@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fixer.machine.cards import Card
 from fixer.model.rules.case import Case, Decision, other_kernel
-from fixer.model.rules.decide import has_runner
 from fixer.model.rules.family import NONE, RunnerRule
 
 # Their code names the Triton runner itself (w8a8_int8.py:333, blockwise_int8.py:363, moe_wna16.py:367).
@@ -55,3 +54,10 @@ def _driver_too_new(card: Card) -> bool:
     """SGLang keeps triton_kernels off Blackwell with driver 595 or newer (arg_groups/overrides.py:955-961)."""
     major = card.driver.partition(".")[0]
     return card.capability[0] >= 10 and major.isdigit() and int(major) >= 595
+
+
+def has_runner(rule: RunnerRule, case: Case) -> bool:
+    """Whether the release has the rule; one between the known ones, where its tree has the runner at all."""
+    if rule.since == NEW and case.release not in KNOWN_RELEASES and case.declared.flags:
+        return rule.runner in case.declared.runner_backends
+    return at_least(case.release, rule.since)
