@@ -24,7 +24,7 @@ from fixer.sglang.releases import NEWEST, RELEASES
 from fixer.sglang.tree import Found, Tree
 from fixer.workload import NumberFormat, Projection, Tile, Workload
 
-DATA = Path(__file__).resolve().parents[2] / "data" / "releases"
+DATA = Path(__file__).resolve().parents[1] / "data" / "releases"
 ORACLES = {path.stem: json.loads(path.read_text()) for path in sorted(DATA.glob("0.*.json"))}
 CONFIGS = json.loads((DATA / "configs.json").read_text())
 

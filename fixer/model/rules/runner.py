@@ -5,6 +5,7 @@ from __future__ import annotations
 from fixer.machine.cards import Card
 from fixer.model.rules.case import Case, Decision, other_kernel
 from fixer.model.rules.family import NONE, RunnerRule
+from fixer.sglang.releases import KNOWN_RELEASES, NEW, at_least
 
 # Their code names the Triton runner itself (w8a8_int8.py:333, blockwise_int8.py:363, moe_wna16.py:367).
 _TRITON_ALWAYS = frozenset({"w8a8_int8", "auto-round-int8", "blockwise_int8", "moe_wna16"})

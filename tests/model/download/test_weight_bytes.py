@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.downloads import FILES, SHARDS
 
 from fixer.model.config import Model, Source
 from fixer.model.download.weight_bytes import weight_bytes
 from fixer.model.hub import Hub, repository_folder, snapshot_folder
 from fixer.sglang.flags import ServerFlags, parse_flags
+from tests.support.downloads import FILES, SHARDS
 from tests.support.hub import COMMIT, Site, serve
 
 
