@@ -20,7 +20,7 @@ from fixer.model.rules.scheme import (
     weight_only_scheme,
 )
 from fixer.model.rules.values import read_block_shape, read_integer, read_mapping, read_text
-from fixer.sglang.releases import NEW, NEWEST, OLD, at_least
+from fixer.sglang.releases import NEW, NEWEST, OLD, at_least, release_key
 from fixer.workload import NumberFormat
 
 
@@ -108,7 +108,7 @@ def _ct_weight_only(question: Question, scheme: Scheme, group: _Group) -> Scheme
             "SGLang stops: --moe-runner-backend triton takes symmetric INT4 in groups of 32 or 128 only; leave it out",
         )
     automatic = newest and question.runner == "auto" and question.arch // 10 == 10 and takes
-    if at_least(question.release, NEW) and (question.runner == "triton" or automatic):
+    if release_key(question.release) >= (0, 5, 11) and (question.runner == "triton" or automatic):
         return weight_only_scheme(scheme, group.bits, max(group.group_size, 0), not group.symmetric)
     return by_other_kernel(
         scheme, "marlin", f"SGLang serves {group.bits}-bit weight-only experts with the Marlin kernel"

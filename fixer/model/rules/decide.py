@@ -33,7 +33,7 @@ from fixer.model.rules.runner import by_runner, mixtral_fused
 from fixer.model.rules.scheme import Fate, Question
 from fixer.sglang.declared import NOTHING_DECLARED, Declared
 from fixer.sglang.flags import ServerFlags
-from fixer.sglang.releases import KNOWN_RELEASES, NEW, OLD, at_least, rules_for
+from fixer.sglang.releases import KNOWN_RELEASES, NEW, OLD, at_least, release_key, rules_for
 from fixer.workload import NumberFormat, Workload
 
 TRITON = "fused_moe_triton"
@@ -174,7 +174,9 @@ def _question(server: Server, family: Family, layer: ExpertLayer | None, shard: 
 def _elsewhere(case: Case) -> Decision | None:
     """The decision where the Triton kernel is not reached, else None."""
     flags, scheme = case.flags, case.scheme
-    backend = "deepep" if flags.enable_deepep_moe else "ep_moe" if flags.enable_ep_moe else flags.moe_a2a_backend
+    # From 0.4.10 on --enable-ep-moe sets the expert ranks only, until 0.5.3 refuses it.
+    ep_moe = flags.enable_ep_moe and release_key(case.release) <= release_key(OLD)
+    backend = "deepep" if flags.enable_deepep_moe else "ep_moe" if ep_moe else flags.moe_a2a_backend
     if backend != "none":
         return other_kernel(backend, f"the all-to-all backend {backend} runs the experts with kernels of its own")
     refusal = _refusal(case)

@@ -29,7 +29,7 @@ from fixer.model.rules.scheme import (
     weight_only_scheme,
 )
 from fixer.model.rules.values import read_block_shape, read_integer, read_mapping, read_text
-from fixer.sglang.releases import NEW, NEWEST, at_least
+from fixer.sglang.releases import NEW, at_least, release_key
 from fixer.workload import NumberFormat
 
 
@@ -207,7 +207,7 @@ def _auto_round(question: Question, scheme: Scheme) -> Scheme:
         marlin = bits == 4 and _marlin_takes(question, group) and question.arch >= 80
         to_triton = not marlin
     else:
-        to_triton = marlin if not at_least(question.release, NEWEST) else not marlin
+        to_triton = not marlin if release_key(question.release) >= (0, 5, 18) else marlin
     if not to_triton:
         return by_other_kernel(scheme, "marlin", "SGLang serves AutoRound experts with the Marlin kernel")
     return _wna16(question, scheme)

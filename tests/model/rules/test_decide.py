@@ -280,6 +280,12 @@ def test_no_release_is_too_old_by_its_number(release: str, trees: dict[str, Tree
     assert any("rules of SGLang 0.4.9" in note for note in between.notes)
 
 
+def test_ep_moe_of_the_releases_after_0_4_9_sets_the_ranks_only() -> None:
+    decision = ask(QWEN, "--tp 4 --enable-ep-moe", 90, "0.5.2")
+    assert (decision.outcome, shape(decision)[:2]) == (Outcome.ASKS, (32, 768))
+    assert ask(QWEN, "--tp 4 --enable-ep-moe", 90, "0.4.9.post6").kernel == "ep_moe"
+
+
 def test_a_release_between_has_the_runners_of_its_tree(trees: dict[str, Tree]) -> None:
     old, new = (declared_of(trees[release]) for release in ("0.4.9", "0.5.17"))
     assert ask(QWEN, arch=100, release="0.5.9", declared=new).kernel == "flashinfer_trtllm"

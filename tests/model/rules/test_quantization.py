@@ -131,6 +131,7 @@ def test_weight_only(config: Any, flag: str | None, runner: str, width: int, exp
         ({"quant_method": "w4afp8"}, 90, None, "0.5.17", "cutlass_w4a8"),
         ({"quant_method": "mxfp8"}, 100, None, "0.5.17", "flashinfer_trtllm"),
         (AUTO_ROUND, 89, None, "0.5.23", "marlin"),
+        (AUTO_ROUND, 89, None, "0.5.18", "marlin"),
     ],
 )
 def test_other_kernels(config: Any, arch: int, flag: str | None, release: str, kernel: str) -> None:
@@ -190,6 +191,11 @@ def test_a_release_between_does_not_stop_by_its_number(release: str) -> None:
     assert ask({"quant_method": "mxfp4"}, release=release).fate is not Fate.LOAD_ERROR
     assert ask(compressed(8, "float", "block", 8), release=release).fate is Fate.TRITON
     assert [ask(CT_NVFP4, arch, release=release).kernel for arch in (89, 120)] == ["marlin", "flashinfer_cutlass"]
+
+
+def test_the_triton_runner_takes_weight_only_experts_from_0_5_11_on() -> None:
+    fates = [ask(CT_INT4, 90, release=release, runner="triton").fate for release in ("0.5.10", "0.5.11", "0.5.16")]
+    assert fates == [Fate.OTHER, Fate.TRITON, Fate.TRITON]
 
 
 def test_compressed_tensors_in_the_newest_release() -> None:
