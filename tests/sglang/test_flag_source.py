@@ -14,7 +14,7 @@ from fixer.sglang.flag import Flag
 from fixer.sglang.flag_source import read_flags
 from fixer.sglang.tree import Tree
 
-REAL_PARSER = Path(__file__).resolve().parents[2] / "support" / "real_parser.py"
+REAL_PARSER = Path(__file__).resolve().parents[1] / "support" / "real_parser.py"
 CLASSES = {"store": "_StoreAction", "store_true": "_StoreTrueAction"}
 
 

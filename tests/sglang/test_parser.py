@@ -18,7 +18,7 @@ from fixer.sglang.flags import parse_flags
 from fixer.sglang.parser import UnknownFlagError, nearest, read_words
 from fixer.sglang.tree import Tree
 
-REAL_PARSER = Path(__file__).resolve().parents[2] / "support" / "real_parser.py"
+REAL_PARSER = Path(__file__).resolve().parents[1] / "support" / "real_parser.py"
 FIELDS = ("model_path", "tp_size", "ep_size", "dp_size", "quantization", "enable_dp_attention")
 OLD_NAMES = {
     "tp_size": "tensor_parallel_size",

@@ -18,7 +18,7 @@ class ServeMachine(Machine):
 
     def __init__(self, *arguments) -> None:
         super().__init__(*arguments)
-        shutil.copy(Path(__file__).resolve().parents[2] / "fake_server.py", self.package / "launch_server.py")
+        shutil.copy(Path(__file__).with_name("fake_server.py"), self.package / "launch_server.py")
         (self.package / "__init__.py").write_text("")
         self.flags = ("--model", str(self.model), "--load-format", "dummy", "--skip-tokenizer-init")
 

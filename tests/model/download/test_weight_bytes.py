@@ -9,7 +9,8 @@ import pytest
 
 from fixer.model.config import Model, Source
 from fixer.model.download.weight_bytes import weight_bytes
-from fixer.model.hub import Hub, repository_folder, snapshot_folder
+from fixer.model.fetch_file import Hub
+from fixer.model.hub import repository_folder, snapshot_folder
 from fixer.sglang.flags import ServerFlags, parse_flags
 from tests.support.downloads import FILES, SHARDS
 from tests.support.hub import COMMIT, Site, serve
