@@ -17,8 +17,9 @@ import threading
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
+
+import msgspec
 
 from fixer.machine.cards import find_card
 from fixer.model.asking.ask import CardFacts, Question, ask
@@ -82,7 +83,7 @@ def single(model, kept, flags=()):
         "seconds": middle - began,
         "kept_seconds": time.monotonic() - middle,
         "same_when_kept": again == answer,
-        "answer": {**asdict(answer), "outcome": answer.outcome.value},
+        "answer": json.loads(msgspec.json.encode(answer)),
     }
 
 
