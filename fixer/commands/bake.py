@@ -45,7 +45,8 @@ def command(
     """
     from fixer.artefacts.transfer import describe
     from fixer.base.progress import terminal_progress
-    from fixer.image.bake import Order, bake, how_to_start, parse_gpus
+    from fixer.image.bake import bake, how_to_start
+    from fixer.image.order import Order, parse_gpus
 
     order = Order(
         model=model,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,14 @@ from fixer.base.data_folder import data_home
 from fixer.base.errors import DockerError, HubError, ModelError, SGLangError, StoreError, UsageError
 from fixer.base.files import utc_now
 from fixer.base.progress import Progress, Silent, Transfer, gigabytes
-from fixer.image.docker_engine import ContainerRun, Engine, Gpus, Image
+from fixer.image.docker_engine import ContainerRun, Engine, Image
+from fixer.image.order import IMAGE_NAME, PASSED_ON, Order
 from fixer.image.recipe import Recipe, Weights, context, default_command, tar_pieces
 from fixer.model.config import load_model
 from fixer.model.download.messages import Bytes, Failed, Message, Plan, Request, Trouble
 from fixer.model.download.process import fetch
 from fixer.model.download.weights import FETCHED, choose, files_of
-from fixer.model.hub import hub_cache, is_commit, is_hub_id, may_be_folder, snapshot_folder
+from fixer.model.hub import hub_cache, is_commit, is_hub_id, snapshot_folder
 from fixer.serve.options import split_flags
 from fixer.sglang.declared import Declared, declared_of
 from fixer.sglang.find_tree import find_tree
@@ -28,65 +28,8 @@ from fixer.sglang.flags import BUNDLED, ServerFlags, parse_flags
 from fixer.sglang.parser import read_words
 from fixer.sglang.secrets import secret_flags
 
-ALL_GPUS = Gpus()
-
-PASSED_ON = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_ENDPOINT")
-"""Environment variables that the tuning container gets, and that no layer ever sees."""
-
 _SENT = 64 << 20
 """Bytes of weights between two steps of progress."""
-
-_IMAGE_NAME = re.compile(
-    r"(?:[a-z0-9.-]+(?::[0-9]+)?/)?[a-z0-9]+(?:[._/-]+[a-z0-9]+)*(?::[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?"
-)
-
-
-@dataclass(frozen=True)
-class Order:
-    """What a user wants baked.
-
-    Attributes:
-        model: a hub id or a folder.
-        tag: the new image's name.
-        flags: the server's SGLang flags; moefix's own (--moefix-...) among them count for the server too.
-        image: the moefix image to build on.
-        gpus: the cards to tune on; None where the engine's default runtime gives them without being asked.
-        planned_for: bake the plan for this card instead, without any.
-        artefact: bake what this file has instead.
-        with_weights: put the weights in.
-        revision: the model's on the hub, None for its default.
-        volume: a named volume for the tuning container's data, "" for a throw-away one.
-        force: take the tag even if an image has it.
-    """
-
-    model: str
-    tag: str
-    flags: tuple[str, ...] = ()
-    image: str = "moefix"
-    gpus: Gpus | None = ALL_GPUS
-    planned_for: str | None = None
-    artefact: Path | None = None
-    with_weights: bool = False
-    revision: str | None = None
-    volume: str = ""
-    force: bool = False
-
-    @property
-    def folder(self) -> Path | None:
-        """The model's folder on this machine, absolute; None for a model on the hub."""
-        path = Path(os.path.expanduser(self.model))
-        return path.absolute() if may_be_folder(self.model) and path.is_dir() else None
-
-    @property
-    def model_name(self) -> str:
-        """What the container calls the model: a folder is mounted under its own path."""
-        return str(self.folder or self.model)
-
-    @property
-    def all_flags(self) -> tuple[str, ...]:
-        """SGLang's flags, the model and its revision among them; moefix's own are not."""
-        named = () if self.revision is None else (f"--revision={self.revision}",)
-        return (*split_flags(self.flags, {})[1], *named, f"--model-path={self.model_name}")
 
 
 @dataclass(frozen=True)
@@ -146,7 +89,7 @@ def check_order(order: Order, environ: Mapping[str, str]) -> ServerFlags:
     """
     if order.planned_for is not None and order.artefact is not None:
         raise UsageError("--for and --artefact exclude each other", "Give one of them.")
-    if not _IMAGE_NAME.fullmatch(order.tag):
+    if not IMAGE_NAME.fullmatch(order.tag):
         raise UsageError(f"{order.tag[:80]!r} is no name for an image", "Write it as me/qwen3:rtx4090, in lower case.")
     if order.flags and not order.flags[0].startswith("-"):
         raise UsageError(f"{order.flags[0][:60]!r} belongs to no flag", "Name the model with --model.")
@@ -391,27 +334,6 @@ def _tell(line: str, progress: Progress) -> None:
 
 
 # --- what to say -----------------------------------------------------------------------------------------------------
-
-
-def parse_gpus(text: str) -> Gpus | None:
-    """Cards as `docker run --gpus` takes them: all, 2, device=0, device=0,2 or device=GPU-...; None for "none".
-
-    Raises:
-        UsageError: it is neither.
-    """
-    words = text.strip().strip('"')
-    if words == "all":
-        return ALL_GPUS
-    if words == "none":
-        return None
-    if words.isascii() and words.isdigit() and 0 < int(words) < 1000:
-        return Gpus(int(words))
-    if re.fullmatch(r"device=[A-Za-z0-9:./-]+(,[A-Za-z0-9:./-]+)*", words):
-        return Gpus(devices=tuple(words.removeprefix("device=").split(",")))
-    raise UsageError(
-        f"--gpus is {text[:60]!r}",
-        "Write it as all, 1, device=0, device=0,2, or none where Docker's default runtime is NVIDIA's.",
-    )
 
 
 def how_to_start(order: Order) -> str:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from fixer.model.config_file import read_json
 
-_CATALOGUE_FILE = Path(str(resources.files("fixer") / "data" / "catalogue.json"))
+_CATALOGUE_FILE = Path(__file__).resolve().parents[1] / "data" / "catalogue.json"
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from huggingface_hub import constants
 from fixer.base.errors import DockerError, HubError, ModelError, SGLangError, UsageError
 from fixer.base.progress import Silent
 from fixer.image import bake as baking
-from fixer.image.bake import Order, bake, check_order, container_command, how_to_start, parse_gpus
+from fixer.image.bake import bake, check_order, container_command, how_to_start
 from fixer.image.docker_engine import Finished, Gpus, Image
+from fixer.image.order import Order, parse_gpus
 from fixer.image.recipe import Weights
 from tests.support.artefacts import H100, RTX_4090, artefact_of
 from tests.support.hub import COMMIT, Site, serve

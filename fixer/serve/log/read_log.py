@@ -28,7 +28,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fixer.serve.log import diagnose
+from fixer.serve.log import diagnose, signs
 from fixer.serve.log.diagnose import Diagnosis, Explanation
 from fixer.serve.log.relay import DONE, GAP, SAY, STREAM
 from fixer.serve.log.settings import Settings
@@ -171,7 +171,7 @@ class Reader:
         self._diagnosis = Diagnosis()
         self._patterns = sglang_log.patterns_for((Said[name], words) for name, words in settings.expected.wordings)
         served = sglang_log.SERVED_MARKERS if settings.expected.lazy else ()
-        markers = (*sglang_log.MARKERS, *diagnose.MARKERS, *served)
+        markers = (*sglang_log.MARKERS, *signs.MARKERS, *served)
         self._markers = re.compile(b"|".join(map(re.escape, markers)))
         self._outputs: dict[int, Lines] = {}
 

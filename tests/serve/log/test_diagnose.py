@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 
-from fixer.serve.log.diagnose import FRAMES, KERNELS, MARKERS, MOST, PATIENCE, SIGNS, Diagnosis, Fault, find
+from fixer.serve.log.diagnose import FRAMES, MOST, PATIENCE, Diagnosis, find
+from fixer.serve.log.signs import KERNELS, MARKERS, SIGNS, Fault
 
 RUNTIME = """
   File "/usr/local/lib/python3.12/dist-packages/triton/runtime/jit.py", line 419, in <lambda>

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from .world import OnCpu, OnMeta
+from fixer.model.asking.child.world import OnCpu, OnMeta
 
 
 class FlagsError(Exception):

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from .build import Built, find, on_meta
-from .world import no_launches
+from fixer.model.asking.child.build import Built, find, on_meta
+from fixer.model.asking.child.world import no_launches
 
 TOKENS = 16
 """Rows of the hidden states that a layer is run with. No name depends on it."""

@@ -66,8 +66,8 @@ def _import(asked: dict[str, Any]) -> Any:
         or Path(next(iter(found.submodule_search_locations))).resolve() != root
     ):
         sys.path.insert(0, str(root.parent))
-    from . import build, world
-    from .card import Card, pretend_card
+    from fixer.model.asking.child import build, world
+    from fixer.model.asking.child.card import Card, pretend_card
 
     card = Card(asked["card"])
     pretend_card(card)
@@ -86,7 +86,7 @@ def _release() -> str:
 
 
 def _answer(root: str, question: dict[str, Any]) -> dict[str, Any]:
-    from . import build, layers
+    from fixer.model.asking.child import build, layers
 
     begin = time.monotonic()
     try:
