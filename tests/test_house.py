@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from fixer.base.data_folder import DataFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted((ROOT / "fixer").rglob("*.py"))
@@ -75,3 +78,17 @@ def test_no_test_module_imports_another():
             if isinstance(node, ast.ImportFrom):
                 assert ".test_" not in f".{node.module or ''}", path
                 assert not any(name.name.startswith("test_") for name in node.names), path
+
+
+def test_the_data_folders_names_stand_in_one_place():
+    """`DataFolder` has every name in it, and the README's table is its docstring's."""
+    names = {name for name, value in vars(DataFolder).items() if isinstance(value, property)}
+    known = {str(getattr(DataFolder(Path()), name)) for name in names}
+    for module in MODULES:
+        if module.name != "data_folder.py":
+            found = set(re.findall(r'(?:home|data|data_home\(\)) / "([\w.]+)"', module.read_text())) & known
+            assert not found, (module, found)
+    readme, told = (ROOT / "README.md").read_text(), DataFolder.__doc__ or ""
+    for name in known:
+        assert f"`{name}`" in told or f"`{name}/" in told, name
+        assert f"`{name}`" in readme or f"`{name}/" in readme, name

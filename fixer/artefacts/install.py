@@ -18,6 +18,7 @@ from pathlib import Path
 
 from fixer.artefacts.artefact import Artefact, gate_up_may_describe
 from fixer.artefacts.overlay import mirror_shipped
+from fixer.base.data_folder import DataFolder
 from fixer.base.errors import StoreError
 from fixer.base.files import (
     Damaged,
@@ -233,7 +234,7 @@ def _replace(folder: Path, pair: Pair, home: Path, *, overlay: bool) -> tuple[st
 
 def _mark(home: Path, content: bytes) -> Path:
     """An empty file of this name in the data folder says that moefix wrote that content."""
-    return home / "written" / hashlib.sha256(content).hexdigest()
+    return DataFolder(home).written / hashlib.sha256(content).hexdigest()
 
 
 def _make_room(path: Path, new: bytes, home: Path, overlay: bool) -> tuple[str, ...]:
@@ -284,7 +285,7 @@ def _usable(path: Path) -> tuple[bytes | None, str]:
 
 
 def _install_overlay(folder: Path, pair: Pair, home: Path, name: str, reason: str) -> Installation:
-    root = home / "overlay" / name
+    root = DataFolder(home).overlay / name
     own = root / "configs" / folder.name
     try:
         mirror_shipped(folder, own)

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from fixer.artefacts.artefact import Artefact, Environment
+from fixer.base.data_folder import DataFolder
 from fixer.base.files import Damaged, read_or_set_aside, safe_name, write_atomically
 from fixer.base.json_reading import plain_json
 from fixer.workload import Tile, Workload
@@ -57,7 +58,7 @@ def artefact_path(home: Path, environment: Environment, workload: Workload) -> P
     key = json.dumps([environment.counting_parts(), asdict(workload)], default=plain_json, sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     shape = f"E={workload.experts},N={workload.intermediate},{workload.number_format.value}"
-    return home / "artefacts" / safe_name(environment.card.replace(" ", "_")) / f"{shape}-{digest}.json"
+    return DataFolder(home).artefacts / safe_name(environment.card.replace(" ", "_")) / f"{shape}-{digest}.json"
 
 
 def save_artefact(home: Path, artefact: Artefact) -> Path:
@@ -129,7 +130,7 @@ def kept_artefacts(home: Path) -> tuple[tuple[tuple[Path, Artefact], ...], tuple
 
 def _artefact_files(home: Path) -> tuple[Path, ...]:
     try:
-        return tuple(sorted((home / "artefacts").glob("*/*.json")))
+        return tuple(sorted((DataFolder(home).artefacts).glob("*/*.json")))
     except OSError:
         return ()
 

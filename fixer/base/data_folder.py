@@ -7,10 +7,111 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from fixer.base.errors import StoreError
 from fixer.base.files import HOME_HINT, make_folder, store_error
+
+
+@dataclass(frozen=True)
+class DataFolder:
+    """The names in the data folder.
+
+    | name | what is in it |
+    | --- | --- |
+    | `artefacts/<card>/` | finished tunings: rows, times, noise, decision, and the environment they hold for |
+    | `journal.sqlite` | every trial as it happens; a killed run goes on where it was |
+    | `compiled.sqlite` | what compiling said for plans |
+    | `reports/` | one page for each tuning, replaced when it is tuned again |
+    | `bench/` | results of `moefix bench`, and its servers' logs |
+    | `asked/`, `asking/` | names of files that SGLang asked for; what its classes answered when they were asked |
+    | `downloads/` | which downloads are complete; may be deleted |
+    | `run/`, `locks/` | each start's state; who measures on which card |
+    | `written/` | names (hashes) of the tuning files that moefix wrote |
+    | `overlay/` | a copy of SGLang's configuration folder, made of links, for a tree that cannot be written |
+    | `cache/`, `kernels/`, `triton/` | fetched SGLang trees and compiler caches; may be deleted |
+
+    Attributes:
+        root: the folder itself.
+    """
+
+    root: Path
+
+    @property
+    def artefacts(self) -> Path:
+        """Finished tunings, a folder for each card."""
+        return self.root / "artefacts"
+
+    @property
+    def journal(self) -> Path:
+        """Every trial (SQLite)."""
+        return self.root / "journal.sqlite"
+
+    @property
+    def compiled(self) -> Path:
+        """What compiling said (SQLite)."""
+        return self.root / "compiled.sqlite"
+
+    @property
+    def reports(self) -> Path:
+        """A page for each tuning."""
+        return self.root / "reports"
+
+    @property
+    def bench(self) -> Path:
+        """Results of `moefix bench`."""
+        return self.root / "bench"
+
+    @property
+    def asked(self) -> Path:
+        """Names that SGLang asked for."""
+        return self.root / "asked"
+
+    @property
+    def asking(self) -> Path:
+        """Answers of SGLang's own classes."""
+        return self.root / "asking"
+
+    @property
+    def downloads(self) -> Path:
+        """Which downloads are complete."""
+        return self.root / "downloads"
+
+    @property
+    def run(self) -> Path:
+        """The state of each start."""
+        return self.root / "run"
+
+    @property
+    def locks(self) -> Path:
+        """One lock for each kind of card."""
+        return self.root / "locks"
+
+    @property
+    def written(self) -> Path:
+        """Hashes of the tuning files that moefix wrote."""
+        return self.root / "written"
+
+    @property
+    def overlay(self) -> Path:
+        """Configuration folders for trees that cannot be written."""
+        return self.root / "overlay"
+
+    @property
+    def cache(self) -> Path:
+        """Fetched SGLang trees, what they declare, candidates' kernels; may be deleted."""
+        return self.root / "cache"
+
+    @property
+    def kernels(self) -> Path:
+        """Kernels cut out of SGLang's source; may be deleted."""
+        return self.root / "kernels"
+
+    @property
+    def triton(self) -> Path:
+        """Triton's cache for plans; may be deleted."""
+        return self.root / "triton"
 
 
 def data_home(chosen: Path | None = None, environ: Mapping[str, str] = os.environ) -> Path:

@@ -8,6 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from fixer.base.data_folder import DataFolder
 from fixer.base.files import safe_name
 from fixer.base.json_reading import parse_json
 
@@ -122,7 +123,7 @@ def _share(row: Any) -> Share | None:
 
 def state_path(home: Path, run: str) -> Path:
     """Where the state of that run is."""
-    return home / "run" / f"{safe_name(run)}.json"
+    return DataFolder(home).run / f"{safe_name(run)}.json"
 
 
 def lock_path(state: Path) -> Path:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
+from fixer.base.data_folder import DataFolder
 from fixer.base.files import read_bounded
 from fixer.base.locks import is_held
 from fixer.base.running_servers import may_serve, running_servers
@@ -18,7 +19,7 @@ def states(home: Path) -> tuple[Status, ...]:
     """The state of every moefix that wrote one into this data folder and can be read, the newest first."""
     found = []
     with contextlib.suppress(OSError):
-        for path in (home / "run").glob("*.json"):
+        for path in (DataFolder(home).run).glob("*.json"):
             with contextlib.suppress(OSError, ValueError):
                 found.append(Status.from_json(read_bounded(path)))
     return tuple(sorted(found, key=lambda status: (status.updated, status.started), reverse=True))

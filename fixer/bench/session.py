@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from fixer.base.data_folder import DataFolder
 from fixer.base.errors import SGLangError
 from fixer.base.progress import Progress
 from fixer.base.voice import Voice
@@ -85,7 +86,7 @@ class _Session:
         if start.subject in self._broken and start.side is Side.SGLANG:
             return
         subject = self._subjects[start.subject]
-        folder = subject.home / "bench" / "configs" / subject.file.removesuffix(".json") / start.side.value
+        folder = DataFolder(subject.home).bench / "configs" / subject.file.removesuffix(".json") / start.side.value
         files = subject.tuned_files if start.side is Side.TUNED else subject.own_files
         own = make_config_dir(folder, subject.situation.tree, files)
         log = self._log(start)
@@ -103,7 +104,7 @@ class _Session:
         subject = self._subjects[start.subject]
         stem = self._results[start.subject].created.replace(":", "").replace("-", "")
         limit = f"-{subject.smem_limit}" if subject.smem_limit is not None else ""
-        return subject.home / "bench" / "logs" / f"{stem}{limit}-{start.number}-{start.side.value}.log"
+        return DataFolder(subject.home).bench / "logs" / f"{stem}{limit}-{start.number}-{start.side.value}.log"
 
     def _explain(self, start: Start, server: Server, fault: SGLangError) -> None:
         """A server that did not start or serve ends the run, unless that is what tuning cures.

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from fixer.base.data_folder import DataFolder
 from fixer.base.files import read_or_set_aside, write_atomically
 from fixer.bench.results import SCHEMA, BenchResult, Kind, Verdict
 from fixer.bench.verdict import judged, judged_whole
@@ -92,7 +93,7 @@ def _from_schema_1(body: dict[str, Any]) -> dict[str, Any]:
 def result_path(home: Path, result: BenchResult) -> Path:
     """Where a result is kept: bench/<artefact's stem>-<kind>-<UTC>.json."""
     stamp = result.created.replace("-", "").replace(":", "")
-    return home / "bench" / f"{result.artefact.removesuffix('.json')}-{result.kind.value}-{stamp}.json"
+    return DataFolder(home).bench / f"{result.artefact.removesuffix('.json')}-{result.kind.value}-{stamp}.json"
 
 
 def save_result(path: Path, result: BenchResult) -> None:
@@ -111,7 +112,7 @@ def results_for(home: Path, artefact: str) -> tuple[BenchResult, ...]:
 
 def _results(home: Path, artefact: str) -> Iterator[BenchResult]:
     try:
-        paths = [path for path in (home / "bench").iterdir() if path.suffix == ".json"]
+        paths = [path for path in (DataFolder(home).bench).iterdir() if path.suffix == ".json"]
     except OSError:
         return
     for path in sorted(path for path in paths if path.name.startswith(artefact.removesuffix(".json") + "-")):

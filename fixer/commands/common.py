@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from fixer.base.data_folder import DataFolder
 from fixer.base.errors import CardError
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def wanted_tree(root: str | None, version: str | None, data: Path) -> Tree:
     """SGLang's tree: a named folder, a release from PyPI, or the installed one (`fixer.sglang.find_tree`)."""
     from fixer.sglang.find_tree import find_tree
 
-    return find_tree(root, version, data / "cache")
+    return find_tree(root, version, DataFolder(data).cache)
 
 
 def wanted_flags(argv: Sequence[str], tree: Tree, data: Path) -> ServerFlags:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from fixer.base.data_folder import DataFolder
 from fixer.base.errors import UsageError
 from fixer.commands.common import PASS_THROUGH
 from fixer.machine.signals import interruptible
@@ -99,7 +100,7 @@ def _plan(words: tuple[str, ...], name: str, limit: int | None, root: Path | Non
     from fixer.sglang.find_tree import find_tree
     from fixer.sglang.flags import parse_flags
 
-    tree = find_tree(str(root) if root else None, None, data / "cache")
+    tree = find_tree(str(root) if root else None, None, DataFolder(data).cache)
     flags = parse_flags(words, declared_of(tree, data))
     model = load_model("", flags)
     card = find_card(name) if limit is None else with_shared_memory_limit(find_card(name), limit)
@@ -126,7 +127,9 @@ def _write(artefact: Artefact, form: Form, out: Path, root: Path | None, data: P
         return forms.write_sglang(artefact, out)
     if form is forms.Form.VLLM:
         return forms.write_vllm(artefact, out)
-    tree = forms.tree_of(artefact.environment.sglang, root, data / "cache", lambda line: click.echo(line, err=True))
+    tree = forms.tree_of(
+        artefact.environment.sglang, root, DataFolder(data).cache, lambda line: click.echo(line, err=True)
+    )
     return forms.write_config_dir(artefact, out, tree)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from fixer.base.data_folder import DataFolder
 from fixer.machine.signals import interruptible
 
 
@@ -27,7 +28,7 @@ def command(*, files: tuple[Path, ...], install: bool, sglang_root: Path | None,
         artefacts = [artefact for path in files for artefact in transfer.artefacts_in(path)]
         data = data_home(home)
         root = str(sglang_root) if sglang_root else None
-        tree = find_tree(root, None, data / "cache", fetch=False) if install else None
+        tree = find_tree(root, None, DataFolder(data).cache, fetch=False) if install else None
         for artefact in artefacts:
             if tree is not None:
                 transfer.check_tree(artefact.environment, tree)

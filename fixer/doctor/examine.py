@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fixer.base.data_folder import DataFolder
 from fixer.base.errors import CardError, MoefixError, SGLangError, UsageError
 from fixer.base.text import told
 from fixer.machine.cards import Card
@@ -81,7 +82,9 @@ class Patient:
         Raises:
             SGLangError: there is none.
         """
-        return find_tree(str(self.sglang_root) if self.sglang_root else None, None, self.home / "cache", fetch=False)
+        return find_tree(
+            str(self.sglang_root) if self.sglang_root else None, None, DataFolder(self.home).cache, fetch=False
+        )
 
     @cached_property
     def flags(self) -> ServerFlags:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fixer.artefacts.artefact import Artefact
 from fixer.artefacts.transfer import artefacts_in, asks_for, check_versions, missing_rows, read_artefacts
-from fixer.base.data_folder import data_home
+from fixer.base.data_folder import DataFolder, data_home
 from fixer.base.errors import DockerError, HubError, ModelError, SGLangError, StoreError, UsageError
 from fixer.base.files import utc_now
 from fixer.base.progress import Progress, Silent, Transfer, gigabytes
@@ -111,7 +111,7 @@ def check_flags(order: Order, base: Image, progress: Progress) -> None:
     """
     version = base.labels.get("moefix.sglang.version", "")
     try:
-        declared = declared_of(find_tree(None, version or None, data_home() / "cache"), data_home())
+        declared = declared_of(find_tree(None, version or None, DataFolder(data_home()).cache), data_home())
     except (SGLangError, StoreError) as fault:
         progress.note(f"the flags are checked in the container only: {fault.message}")
         return

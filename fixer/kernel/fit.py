@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from fixer.base.data_folder import DataFolder
 from fixer.base.errors import CompileError
 from fixer.kernel.cache import CompileCache, compile_with_cache, is_lasting
 from fixer.kernel.compile import Candidate, Compiled, CompileOutcome, Target
@@ -27,10 +28,10 @@ def compiler_for(tree: Tree, card: Card, home: Path, cache: CompileCache) -> Com
     Raises:
         SGLangError: the tree has no kernel that moefix knows.
     """
-    target = Target(read_kernel_source(tree.kernel_source), card.arch, home / "kernels", card.name)
+    target = Target(read_kernel_source(tree.kernel_source), card.arch, DataFolder(home).kernels, card.name)
 
     def compile_candidates(candidates: Iterable[Candidate]) -> Mapping[Candidate, Compiled]:
-        return compile_with_cache(target, candidates, cache, home / "triton")
+        return compile_with_cache(target, candidates, cache, DataFolder(home).triton)
 
     return compile_candidates
 

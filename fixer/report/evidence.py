@@ -11,6 +11,7 @@ from enum import Enum
 from pathlib import Path
 
 from fixer.artefacts.artefact import Artefact
+from fixer.base.data_folder import DataFolder
 from fixer.base.errors import MoefixError
 from fixer.bench.results import BenchResult, Kind
 from fixer.bench.shelf import results_for
@@ -90,7 +91,7 @@ def gather(artefact: Artefact, name: str, sources: Sources) -> Evidence:
     """Look for everything that a report of this artefact can show. Never fails for a part that is not there."""
     missing: dict[Part, str] = {}
     notes: list[str] = []
-    looks = read_looks(sources.home / "journal.sqlite", RunKey(artefact.environment, artefact.workload))
+    looks = read_looks(DataFolder(sources.home).journal, RunKey(artefact.environment, artefact.workload))
     if not looks:
         missing[Part.SEARCH] = "The data folder's journal has no trials of this tuning, so its search is not shown."
     tree = sources.tree or tree_of(artefact, sources.home)
@@ -132,8 +133,8 @@ def tree_of(artefact: Artefact, home: Path) -> Tree | None:
     except MoefixError:
         pass
     release = RELEASES.get(wanted)
-    if release is not None and release.is_kept(home / "cache"):
-        return fetched_tree(wanted, home / "cache")
+    if release is not None and release.is_kept(DataFolder(home).cache):
+        return fetched_tree(wanted, DataFolder(home).cache)
     return None
 
 
@@ -195,7 +196,7 @@ def _shared_memory(
         if source.sha256 != artefact.environment.kernel_hash:
             return shared, "" if shared else "SGLang's kernel has another source now than when it was tuned."
         card = card_of(artefact)
-        target = Target(source, card.arch, sources.home / "kernels", card.name)
+        target = Target(source, card.arch, DataFolder(sources.home).kernels, card.name)
         compiled = _compile(target, [Candidate(artefact.workload, k.projection, k.tile) for k in unknown], sources)
     except MoefixError as fault:
         return shared, "" if shared else fault.message
@@ -209,4 +210,4 @@ def _compile(target: Target, candidates: Iterable[Candidate], sources: Sources) 
     with CompileCache(sources.home) as cache:
         if not sources.compiles:
             return cache.find(target, candidates)
-        return compile_with_cache(target, candidates, cache, sources.home / "triton")
+        return compile_with_cache(target, candidates, cache, DataFolder(sources.home).triton)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fixer.artefacts.artefact import Artefact
 from fixer.artefacts.shelf import artefact_path, kept_artefacts
+from fixer.base.data_folder import DataFolder
 from fixer.base.errors import StoreError, UsageError
 from fixer.base.files import Damaged, read_bounded, write_atomically
 from fixer.report.evidence import Sources, gather, named_tree
@@ -66,7 +67,7 @@ def summary_of(chosen: Chosen, home: Path, *, sglang_root: Path | None = None, c
 
 def default_path(home: Path, artefact: Path) -> Path:
     """Where the report of an artefact's file is kept."""
-    return home / "reports" / f"{artefact.stem}.html"
+    return DataFolder(home).reports / f"{artefact.stem}.html"
 
 
 def write_report(summary: Summary, path: Path, home: Path) -> None:
@@ -75,7 +76,7 @@ def write_report(summary: Summary, path: Path, home: Path) -> None:
     Raises:
         StoreError: it cannot be written.
     """
-    write_atomically(path, render(summary, home / "cache" / "matplotlib").encode())
+    write_atomically(path, render(summary, DataFolder(home).cache / "matplotlib").encode())
 
 
 def report_after_tuning(home: Path, artefact: Artefact, tree: Tree) -> str:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fixer.base.data_folder import DataFolder
 from fixer.base.files import Damaged, check_file_name, read_or_set_aside, safe_name, utc_now, write_atomically
 from fixer.base.json_reading import parse_json
 
@@ -96,7 +97,7 @@ def _is_text(value: Any) -> bool:
 def record_path(home: Path, question: Question) -> Path:
     """Where the record of that question is: asked/<model>-<hash>.json."""
     digest = hashlib.sha256(json.dumps(asdict(question), sort_keys=True).encode()).hexdigest()[:16]
-    return home / "asked" / f"{safe_name(question.model.rstrip('/').rpartition('/')[2])[:60]}-{digest}.json"
+    return DataFolder(home).asked / f"{safe_name(question.model.rstrip('/').rpartition('/')[2])[:60]}-{digest}.json"
 
 
 def keep(home: Path, asked: Asked) -> Path:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fixer.base.data_folder import DataFolder
 from fixer.base.errors import SGLangError, StoreError
 from fixer.base.files import utc_now
 from fixer.base.status import Phase
@@ -91,7 +92,7 @@ class Asking:
         from fixer.model.asking.ask import ask
 
         try:
-            self._answer = ask(_question(self._situation, self._argv), folder=self._run.home / "asking")
+            self._answer = ask(_question(self._situation, self._argv), folder=DataFolder(self._run.home).asking)
         except Exception as fault:  # in a thread: what nobody foresaw is no answer, and never a stop
             self._answer = not_known(f"{type(fault).__name__}: {fault}"[:300])
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fixer.base.data_folder import DataFolder
 from fixer.base.errors import CardError, SGLangError
 from fixer.machine.cards import Card, kinds, with_shared_memory_limit
 from fixer.machine.driver import visible_cards
@@ -97,7 +98,7 @@ def look_around(
     Raises:
         MoefixError: no card, no SGLang, no such model, flags that contradict one another.
     """
-    tree = find_tree(str(sglang_root) if sglang_root else None, None, home / "cache", fetch=False)
+    tree = find_tree(str(sglang_root) if sglang_root else None, None, DataFolder(home).cache, fetch=False)
     declared = declared_of(tree, home)
     flags = parse_flags(argv, declared)
     model = load_model("", flags)

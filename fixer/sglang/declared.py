@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from fixer.base.data_folder import DataFolder
 from fixer.base.errors import StoreError
 from fixer.base.files import read_or_set_aside, write_atomically
 from fixer.sglang.flag import Flag, flag_files
@@ -71,7 +72,7 @@ _read_here: dict[Path, Declared] = {}
 def _declared(package: Path, home: Path | None) -> Declared:
     if home is None:
         return replace(_read(package), package=str(package))
-    path = home / "cache" / "declared" / f"{SCHEMA}-{_digest(package)}.json"
+    path = DataFolder(home).cache / "declared" / f"{SCHEMA}-{_digest(package)}.json"
     kept, _ = read_or_set_aside(path, _from_json)
     if kept is None:
         kept = _read(package)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fixer.artefacts.artefact import Artefact, Environment
 from fixer.artefacts.environment import environment_of
+from fixer.base.data_folder import DataFolder
 from fixer.kernel.compile import Target
 from fixer.kernel.source import read_kernel_source
 from fixer.machine.cards import Card
@@ -55,7 +56,7 @@ class Job:
     def target(self) -> Target:
         """What to compile for."""
         return Target(
-            read_kernel_source(self.tree.kernel_source), self.card.arch, self.home / "kernels", self.card.name
+            read_kernel_source(self.tree.kernel_source), self.card.arch, DataFolder(self.home).kernels, self.card.name
         )
 
     @cached_property

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from fixer.artefacts.artefact import LONGEST_NOTE, MOST_NOTES, Artefact, RowChoice
 from fixer.artefacts.shelf import earlier_tiles
+from fixer.base.data_folder import DataFolder
 from fixer.base.errors import TuneError
 from fixer.base.files import safe_name, utc_now
 from fixer.base.progress import Progress
@@ -66,7 +67,7 @@ class _Session:
     def run(self) -> Tuned:
         job = self._job
         with ExitStack() as stack:
-            journal = Journal(job.home / "journal.sqlite", RunKey(job.environment, job.workload))
+            journal = Journal(DataFolder(job.home).journal, RunKey(job.environment, job.workload))
             stack.callback(journal.close)
             self._notes += journal.notes
             if job.fresh:
@@ -144,7 +145,7 @@ class _Session:
     @property
     def _scratch(self) -> Path:
         """Triton's cache folder for candidates; a resumed run finds there what was compiled before it was killed."""
-        return self._job.home / "cache" / "triton-search" / safe_name(self._job.card.sglang_name)
+        return DataFolder(self._job.home).cache / "triton-search" / safe_name(self._job.card.sglang_name)
 
     @property
     def _own_tiles(self) -> list[Tile]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from fixer.base.data_folder import DataFolder
 from fixer.base.errors import CardError
 from fixer.base.files import safe_name
 from fixer.base.locks import Lock
@@ -25,7 +26,7 @@ def turn(home: Path, card: Card, progress: Progress) -> Lock:
 
     Whoever had to wait finds the other's result in the data folder: it is kept before the turn ends.
     """
-    lock = home / "locks" / f"{safe_name(card.sglang_name)}.lock"
+    lock = DataFolder(home).locks / f"{safe_name(card.sglang_name)}.lock"
     is_said = False
 
     def say_who(seconds: float, holder: str) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
+from fixer.base.data_folder import DataFolder
 from fixer.base.errors import HubError, MoefixError, StoreError
 from fixer.base.files import read_or_set_aside, safe_name, write_atomically
 from fixer.base.json_reading import parse_json
@@ -120,7 +121,7 @@ def cached(name: str, revision: str | None, flags: ServerFlags) -> tuple[str | N
 
 
 def _record_path(home: Path, name: str, commit: str) -> Path:
-    return home / "downloads" / f"{safe_name(name.replace('/', '--'))}@{commit[:16]}.json"
+    return DataFolder(home).downloads / f"{safe_name(name.replace('/', '--'))}@{commit[:16]}.json"
 
 
 def _settings(flags: ServerFlags) -> dict[str, str | bool | None]:
