@@ -360,14 +360,14 @@ SABOTAGE = {
 }
 
 
-PLACES = ("sglang.log_lines.own_message", "serve.log.diagnose.find", "serve.log.verdict.judge")
+PLACES = ("sglang_log.own_message", "diagnose.find", "verdict.judge")
 
 
 @pytest.mark.parametrize(
     ("kind", "place"),
     [
         *(("raises", place) for place in PLACES),
-        *((kind, "serve.log.read_log.Lines.take") for kind in SABOTAGE),
+        *((kind, "read_log.Lines.take") for kind in SABOTAGE),
     ],
 )
 def test_what_goes_wrong_there_is_said_once_and_the_bytes_go_on(kind, place):
