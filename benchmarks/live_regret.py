@@ -24,7 +24,8 @@ sys.path.insert(0, str(ROOT))  # a clean checkout needs no installation
 from fixer.artefacts.artefact import Artefact
 from fixer.base.data_folder import data_home
 from fixer.base.progress import PlainLines
-from fixer.kernel.space import Space, descriptor_projections
+from fixer.families.fused_moe.rules import descriptor_projections
+from fixer.kernel.space import Space
 from fixer.serve.find_or_tune import importable_package
 from fixer.serve.situation import look_around
 from fixer.tuning.job import Job, Tuned
@@ -33,7 +34,7 @@ from fixer.tuning.search.runner import Request, look_closer
 from fixer.tuning.search.search import Limits, Search
 from fixer.tuning.search.trials import Timing
 from fixer.tuning.session import tune
-from fixer.workload import Kernel, Projection, TilePair
+from fixer.workload import BOTH, Kernel, Projection, RowTiles
 
 CHUNK = 60
 """Kernels that are asked for at a time."""
@@ -50,7 +51,7 @@ def further(artefact: Artefact, space: Space, known: set[Kernel]) -> list[Kernel
         near.update(
             dict.fromkeys(Kernel(kernel.projection, one) for _, one in space.steps(kernel.tile, kernel.projection))
         )
-    rest = [Kernel(projection, tile) for projection in Projection for tile in space.all()]
+    rest = [Kernel(projection, tile) for projection in BOTH for tile in space.all()]
     random.Random(2026).shuffle(rest)
     return [kernel for kernel in dict.fromkeys([*near, *rest]) if kernel not in known]
 
@@ -96,11 +97,11 @@ def yardstick(job: Job, tuned: Tuned, rows: tuple[int, ...], seconds: float) -> 
 
 def chosen_kernels(artefact: Artefact, rows: tuple[int, ...]) -> list[tuple[Kernel, int]]:
     """Both kernels of each row that is judged."""
-    pairs = [(TilePair(row.gate_up, row.down), row.batch) for row in artefact.rows if row.batch in rows]
+    pairs = [(row.tiles, row.batch) for row in artefact.rows if row.batch in rows]
     return [(kernel, batch) for pair, batch in pairs for kernel in pair.kernels]
 
 
-def regret_of(search: Search, tokens: int, pair: TilePair) -> float | None:
+def regret_of(search: Search, tokens: int, pair: RowTiles) -> float | None:
     """How many times longer a pair takes than the best of its kind: with descriptors or without, as the layer chose."""
     medians = search.medians(tokens)
     chosen = [medians.get(kernel) for kernel in pair.kernels]
@@ -130,7 +131,7 @@ def main() -> int:
     regrets, missing = {}, []
     for row in tuned.artefact.rows:
         if row.batch in rows:
-            value = regret_of(search, row.batch, TilePair(row.gate_up, row.down))
+            value = regret_of(search, row.batch, row.tiles)
             if value is None:
                 missing.append(row.batch)
             else:

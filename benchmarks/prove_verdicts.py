@@ -87,7 +87,7 @@ class Prover:
         number_format = next(each for each in formats if each is not artefact.workload.number_format)
         workload = replace(artefact.workload, number_format=number_format)
         lookup = here.tree.lookup(workload, here.cards[0][0])
-        return replace(artefact, workload=workload, gate_up_file=lookup.gate_up, down_file=lookup.down)
+        return replace(artefact, workload=workload, files=lookup.names)
 
     def forget_pair(self) -> None:
         """Have SGLang's tree as if this model had never been tuned."""

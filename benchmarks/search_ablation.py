@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from fixer.base.data_folder import data_home
-from fixer.kernel.space import AXES
+from fixer.families.fused_moe.family import FUSED_MOE
 from fixer.machine.cards import Card, find_card
 from fixer.sglang.find_tree import find_tree
 from fixer.sglang.releases import PINNED
@@ -139,7 +139,7 @@ class Tilt:
 
     def factors(self, kernel: Kernel) -> tuple[float, float]:
         """The logarithms of the factors at M = 1 and at M = 8192."""
-        values = [(axis, getattr(kernel.tile, axis)) for axis in AXES]
+        values = [(axis, getattr(kernel.tile, axis)) for axis in FUSED_MOE.axis]
         single = [self._effect(self._deviation, kernel.projection, value) for value in values]
         pairs = [self._effect(self._deviation / 2, kernel.projection, *pair) for pair in combinations(values, 2)]
         small, large = zip(*single, *pairs, strict=True)
@@ -209,7 +209,7 @@ def run(case: Case, files: Sequence[TuningFile], card: Card = H100) -> Result:
 
 
 def _is_plain(tile: Tile) -> bool:
-    return all(getattr(tile, axis) in values for axis, values in AXES.items())
+    return all(getattr(tile, axis.name) in axis.values for axis in FUSED_MOE.axes)
 
 
 def table(results: Iterable[Result]) -> Iterator[str]:

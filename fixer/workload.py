@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 
 class Projection(Enum):
-    """The two matrix products of an MoE layer, each with a configuration file of its own."""
+    """The matrix products that a kernel family has, each with a configuration file of its own.
+
+    An MoE layer has two; a family with one product calls it ONLY.
+    """
 
     GATE_UP = "gate_up"
     """Hidden states [M, hidden] times the experts' [2N, hidden] (one launch feeds each token to its top-k experts)."""
     DOWN = "down"
     """Activations [M * top_k, N] times the experts' [hidden, N], scaled by the routing weight."""
+    ONLY = "only"
+    """The product of a family that has one."""
 
 
 class NumberFormat(Enum):
@@ -26,6 +31,54 @@ class NumberFormat(Enum):
     INT8_W8A16 = "int8_w8a16"
     INT4_W4A16 = "int4_w4a16"
     FLOAT32 = "float32"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One number of a tile that a family's kernel takes, and that its files name.
+
+    Attributes:
+        name: the field of `Tile`.
+        key: the name in a row of SGLang's files.
+        values: what the search tries, ascending.
+        least, most: the smallest and largest value that makes sense at all, in a file that anybody may have written.
+        default: the value where a row does not name the key; None where every row must name it.
+        is_power: only powers of two are possible.
+        far: every other value is one step away, not only the next: there are valleys along this axis.
+    """
+
+    name: str
+    key: str
+    values: tuple[int, ...]
+    most: int
+    least: int = 1
+    default: int | None = None
+    is_power: bool = False
+    far: bool = False
+
+    def checked(self, value: int) -> int:
+        """The value itself.
+
+        Raises:
+            ValueError: it makes no sense.
+        """
+        if not self.least <= value <= self.most:
+            raise ValueError(f"{self.name} is {value}, outside {self.least} to {self.most}")
+        return value
+
+
+MOE_AXES = (
+    Axis("block_m", "BLOCK_SIZE_M", (16, 32, 64, 128, 256), 512, 16, is_power=True),
+    Axis("block_n", "BLOCK_SIZE_N", (32, 64, 128, 256), 512, 16, is_power=True),
+    Axis("block_k", "BLOCK_SIZE_K", (64, 128, 256), 1024, 16, is_power=True),
+    Axis("group_m", "GROUP_SIZE_M", (1, 16, 32, 64), 4096, far=True),
+    Axis("num_warps", "num_warps", (4, 8), 32, default=4, is_power=True),
+    Axis("num_stages", "num_stages", (2, 3, 4, 5), 12, default=3, far=True),
+)
+"""The fused MoE kernel's. The values are SGLang's own tuning space (its tuning script's `get_configs_compute_bound`),
+1920 configurations. Two axes are far: 128x128x128 with 4 warps gets slower from 3 stages to 4 and 1 % faster with 5, on
+an H100 at M = 1536. SGLang's 827 shipped NVIDIA files stay at or below 256, 256, 256, 128, 16 and 8; the kernel's dot
+product needs blocks of 16 at least; a thread block has 32 warps."""
 
 
 @dataclass(frozen=True, order=True)
@@ -40,54 +93,37 @@ class Tile:
     block_m: int
     block_n: int
     block_k: int
-    group_m: int
+    group_m: int = 1
     num_warps: int = 4
     num_stages: int = 3
     use_tma: bool = False
 
-    def to_json(self) -> dict[str, int | bool]:
-        """The row as SGLang's files spell it."""
-        row: dict[str, int | bool] = {
-            "BLOCK_SIZE_M": self.block_m,
-            "BLOCK_SIZE_N": self.block_n,
-            "BLOCK_SIZE_K": self.block_k,
-            "GROUP_SIZE_M": self.group_m,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
+    def to_json(self, axes: Sequence[Axis] = MOE_AXES) -> dict[str, int | bool]:
+        """The row as SGLang's files of a family spell it."""
+        row: dict[str, int | bool] = {axis.key: getattr(self, axis.name) for axis in axes}
         return row | {"USE_TMA": True} if self.use_tma else row
 
     @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> Tile:
+    def from_json(cls, row: Mapping[str, Any], axes: Sequence[Axis] = MOE_AXES) -> Tile:
         """The tile of a row of a tuning file.
 
         Raises:
             ValueError: a key is missing, or a value is not a positive whole number of a sensible size.
         """
-        values = []
-        for key, fallback in (
-            ("BLOCK_SIZE_M", None),
-            ("BLOCK_SIZE_N", None),
-            ("BLOCK_SIZE_K", None),
-            ("GROUP_SIZE_M", None),
-            ("num_warps", 4),
-            ("num_stages", 3),
-        ):
-            value = row.get(key, fallback)
+        values: dict[str, int] = {}
+        for axis in axes:
+            value = row.get(axis.key, axis.default)
             if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= 4096:
-                raise ValueError(f"{key} is {repr(value)[:40]}, not a whole number from 1 to 4096")
-            values.append(value)
+                raise ValueError(f"{axis.key} is {repr(value)[:40]}, not a whole number from 1 to 4096")
+            values[axis.name] = value
         tma = row.get("USE_TMA", False)
         if not isinstance(tma, bool):
             raise ValueError(f"USE_TMA is {repr(tma)[:40]}, neither true nor false")
-        block_m, block_n, block_k, group_m, num_warps, num_stages = values
-        tile = cls(block_m, block_n, block_k, group_m, num_warps, num_stages, use_tma=tma)
-        for name, size in (("BLOCK_SIZE_M", tile.block_m), ("BLOCK_SIZE_N", tile.block_n)):
-            if size & (size - 1):
-                raise ValueError(f"{name} is {size}, not a power of two")
-        if tile.block_k & (tile.block_k - 1) or tile.num_warps & (tile.num_warps - 1):
-            raise ValueError("BLOCK_SIZE_K and num_warps must be powers of two")
-        return tile
+        for axis in axes:
+            size = values[axis.name]
+            if axis.is_power and size & (size - 1):
+                raise ValueError(f"{axis.key} is {size}, not a power of two")
+        return cls(**values, use_tma=tma)
 
     def __str__(self) -> str:
         return (
@@ -97,7 +133,12 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Workload:
+class AnyWorkload:
+    """What is tuned, of whatever kernel family; each family has its own kind (`fixer.families`)."""
+
+
+@dataclass(frozen=True)
+class Workload(AnyWorkload):
     """One shard's MoE layer, as SGLang's kernel sees it.
 
     Attributes:
@@ -131,46 +172,70 @@ class Workload:
     ep_size: int = 1
 
 
-TILE_LIMITS = {"block_m": 512, "block_n": 512, "block_k": 1024, "group_m": 4096, "num_warps": 32, "num_stages": 12}
-"""The largest value that makes sense in each part of a tile. SGLang's 827 shipped NVIDIA files stay at or below
-256, 256, 256, 128, 16 and 8; the kernel's dot product needs blocks of 16 at least; a thread block has 32 warps."""
-
-
-def check_tile(tile: Tile) -> Tile:
-    """The tile itself, if it makes sense for the kernel.
+def check_tile(tile: Tile, axes: Sequence[Axis] = MOE_AXES) -> Tile:
+    """The tile itself, if it makes sense for a kernel with these axes.
 
     Raises:
         ValueError: a part of it is absurd, such as a block of 4096, of 1 or of 48.
     """
-    Tile.from_json(tile.to_json())
-    for name, most in TILE_LIMITS.items():
-        least = 16 if name.startswith("block") else 1
-        value = getattr(tile, name)
-        if not least <= value <= most:
-            raise ValueError(f"{name} is {value}, outside {least} to {most}")
+    Tile.from_json(tile.to_json(axes), axes)
+    for axis in axes:
+        axis.checked(getattr(tile, axis.name))
     return tile
 
 
-@dataclass(frozen=True)
-class TilePair:
-    """The configurations of one row; they share BLOCK_SIZE_M."""
+@dataclass(frozen=True, init=False)
+class RowTiles:
+    """The configurations of one row, one for each product of its family, in the order in which a layer runs them.
 
-    gate_up: Tile
-    down: Tile
+    `RowTiles(tile)` is a row of a family with one product, `RowTiles(gate_up, down)` one of an MoE layer.
+    """
+
+    tiles: tuple[Tile, ...]
+
+    def __init__(self, *tiles: Tile) -> None:
+        if len(tiles) not in PRODUCTS:
+            raise ValueError(f"a row of {len(tiles)} tiles is no family's")
+        object.__setattr__(self, "tiles", tiles)
 
     @property
-    def kernels(self) -> tuple[Kernel, Kernel]:
-        """The two kernels, gate-up first."""
-        return Kernel(Projection.GATE_UP, self.gate_up), Kernel(Projection.DOWN, self.down)
+    def products(self) -> tuple[Projection, ...]:
+        """The products that the tiles are for."""
+        return PRODUCTS[len(self.tiles)]
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """Each product with its tile."""
+        return tuple(map(Kernel, self.products, self.tiles))
+
+    def of(self, product: Projection) -> Tile:
+        """One product's tile."""
+        return self.tiles[self.products.index(product)]
+
+    def __str__(self) -> str:
+        return " / ".join(map(str, self.tiles))
 
     @property
     def use_tma(self) -> bool:
         """Whether one of them loads through tensor descriptors (SGLang's layer only: the sorting differs)."""
-        return self.gate_up.use_tma or self.down.use_tma
+        return any(tile.use_tma for tile in self.tiles)
+
+    @property
+    def gate_up(self) -> Tile:
+        """The gate-up projection's (an MoE layer only)."""
+        return self.of(Projection.GATE_UP)
+
+    @property
+    def down(self) -> Tile:
+        """The down projection's (an MoE layer only)."""
+        return self.of(Projection.DOWN)
 
 
 BOTH = (Projection.GATE_UP, Projection.DOWN)
-"""The projections in the order in which a layer runs them."""
+"""The projections of an MoE layer in the order in which it runs them."""
+
+PRODUCTS: Mapping[int, tuple[Projection, ...]] = {1: (Projection.ONLY,), 2: BOTH}
+"""What a family with so many products calls them."""
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fixer.artefacts.artefact import Artefact
-from fixer.artefacts.install import read_pair
+from fixer.artefacts.install import read_files
 from fixer.artefacts.shelf import find_artefact, save_artefact
 from fixer.base.errors import MoefixError, StoreError
 from fixer.base.files import Damaged, check_file_name, safe_name
 from fixer.base.json_reading import parse_json
 from fixer.base.status import Phase, Share, Status
 from fixer.base.status_reading import states
+from fixer.families.fused_moe.family import FUSED_MOE
 from fixer.kernel.cache import CompileCache
 from fixer.kernel.compile import Candidate, Compiled, CompileOutcome, Target
 from fixer.kernel.source import KernelSource
@@ -40,7 +41,7 @@ from fixer.sglang.tuning_files import parse_table, render_table
 from fixer.tuning.journal import Journal, RunKey
 from fixer.tuning.search.runner import Look
 from fixer.tuning.search.trials import Build, Outcome, Timing
-from fixer.workload import Kernel, Projection, Tile
+from fixer.workload import BOTH, Kernel, Projection, Tile
 from tests.support.fuzz_samples import ARTEFACT, DOWN, HERE, LARGE, LAYER, SMALL, UP
 from tests.support.lookup_cases import CASES
 
@@ -329,7 +330,7 @@ def test_tuning_files_on_disk(tmp_path):
         raws = {UP: mutated_bytes(TABLE, chance), DOWN: mutated_bytes(TABLE, chance)}
         for name, raw in raws.items():
             (tmp_path / name).write_bytes(raw)
-        found = tried("tuning files on disk", lambda: read_pair(tmp_path, UP, DOWN))
+        found = tried("tuning files on disk", lambda: read_files(tmp_path, FUSED_MOE, (UP, DOWN)))
         COUNTED["tuning files on disk"] += 1  # two files
         there = files_below(tmp_path)
         assert sorted(there.values()) == sorted(raws.values())
@@ -348,7 +349,7 @@ def journal(tmp_path_factory):
     """A journal with some trials, and its bytes."""
     path = tmp_path_factory.mktemp("journal") / "journal.sqlite"
     journal = Journal(path, RunKey(HERE, LAYER))
-    for projection in Projection:
+    for projection in BOTH:
         for block_n in (32, 64, 128, 256):
             kernel = Kernel(projection, Tile(16, block_n, 64, 1, 4, 3))
             timings = tuple(Timing(kernel, tokens, 10.0 + tokens, 9.0, 3) for tokens in (1, 16, 512))
@@ -391,7 +392,7 @@ def test_journals(tmp_path, journal):
 
 def test_what_was_compiled(tmp_path):
     target = Target(KernelSource(tmp_path, "", "ab" * 32), 90, tmp_path)
-    candidates = [Candidate(LAYER, projection, tile) for projection in Projection for tile in (SMALL, LARGE)]
+    candidates = [Candidate(LAYER, projection, tile) for projection in BOTH for tile in (SMALL, LARGE)]
     known = {candidate: Compiled(CompileOutcome.OK, 4096, 0.5) for candidate in candidates}
     path, chance = tmp_path / "compiled.sqlite", random.Random(SEED + 9)
     with CompileCache(tmp_path) as cache:

@@ -14,11 +14,10 @@ from enum import Enum
 from typing import Any
 
 from fixer.base.file_name import FileName
-from fixer.base.files import check_file_name
 from fixer.base.json_reading import Reader, field_names, parse_object, plain_json
-from fixer.sglang.file_names import pairs_of_names
-from fixer.sglang.releases import release_key
-from fixer.workload import NumberFormat, Tile, Workload, check_tile
+from fixer.families.family import Family
+from fixer.families.registry import UNNAMED, family_named, family_of
+from fixer.workload import AnyWorkload, RowTiles, Tile
 
 
 @dataclass(frozen=True)
@@ -91,15 +90,19 @@ class Decision(Enum):
     """Known to fit the card's shared memory; not measured against SGLang's own, which may not fit."""
 
 
+Times = tuple[float | None, ...]
+"""A time in microseconds for each product, None where it was not measured."""
+
+
 @dataclass(frozen=True)
 class RowChoice:
     """The tiles for one batch size, and what they rest on. Times are medians in microseconds, None if not measured.
 
     Attributes:
         batch: M, in tokens.
-        gate_up, down: the tiles; they share block_m.
-        gate_up_us, down_us: the chosen tiles' times.
-        sglang_gate_up_us, sglang_down_us: the times of what SGLang would have used.
+        tiles: one for each product of the family.
+        us: the chosen tiles' times, one for each product; () for none measured.
+        sglang_us: the times of what SGLang would have used; () for none measured.
         noise: run-to-run spread of a time, as a fraction of it.
         layer_us, sglang_layer_us: the whole layer's time through SGLang's own path, with these tiles and with SGLang's
             own.
@@ -110,48 +113,53 @@ class RowChoice:
     """
 
     batch: int
-    gate_up: Tile
-    down: Tile
+    tiles: RowTiles
     decision: Decision
-    gate_up_us: float | None = None
-    down_us: float | None = None
-    sglang_gate_up_us: float | None = None
-    sglang_down_us: float | None = None
+    us: Times = ()
+    sglang_us: Times = ()
     noise: float | None = None
     layer_us: float | None = None
     sglang_layer_us: float | None = None
 
     def __post_init__(self) -> None:
+        count = len(self.tiles.tiles)
+        for name in ("us", "sglang_us"):
+            object.__setattr__(self, name, tuple(getattr(self, name)) or (None,) * count)
         if not 1 <= self.batch <= 1 << 24:
             raise ValueError(f"M is {self.batch}, outside 1 to 16777216")
-        if check_tile(self.gate_up).block_m != check_tile(self.down).block_m:
-            raise ValueError(f"row {self.batch}: gate_up and down differ in BLOCK_SIZE_M")
+        if not count == len(self.us) == len(self.sglang_us):
+            raise ValueError(f"row {self.batch}: there are {count} tiles and not as many times")
         for value in (*self.times, *self.layer_times):
             if value is not None and not (math.isfinite(value) and 0 < value <= 1e9):
                 raise ValueError(f"row {self.batch}: {value} is no time in microseconds")
         if self.noise is not None and not 0 <= self.noise <= 1000:
             raise ValueError(f"row {self.batch}: {self.noise} is no noise fraction")
         if self.decision is not Decision.FITTING_ONLY and None in self.times and None in self.layer_times:
-            raise ValueError(f"row {self.batch}: {self.decision.value} without all four times")
+            raise ValueError(f"row {self.batch}: {self.decision.value} without all times")
 
     @property
-    def times(self) -> tuple[float | None, ...]:
-        """The four medians of single kernels."""
-        return (self.gate_up_us, self.down_us, self.sglang_gate_up_us, self.sglang_down_us)
+    def times(self) -> Times:
+        """The medians of single kernels: the chosen ones, then SGLang's own."""
+        return self.us + self.sglang_us
 
     @property
-    def layer_times(self) -> tuple[float | None, ...]:
+    def layer_times(self) -> Times:
         """The two medians of the whole layer."""
         return (self.layer_us, self.sglang_layer_us)
+
+    @property
+    def gate_up(self) -> Tile:
+        """The gate-up projection's tile (an MoE layer only)."""
+        return self.tiles.gate_up
+
+    @property
+    def down(self) -> Tile:
+        """The down projection's tile (an MoE layer only)."""
+        return self.tiles.down
 
 
 MOST_NOTES, LONGEST_NOTE = 100, 4000
 """Notes of an artefact, and characters of one."""
-
-
-def gate_up_may_describe(sglang: str) -> bool:
-    """Whether a release takes USE_TMA out of a gate-up file; 0.5.17 hands it to a kernel that does not know it."""
-    return release_key(sglang) >= (0, 5, 18)
 
 
 SCHEMA = 1
@@ -165,9 +173,8 @@ class Artefact:
         environment: what the times were measured under.
         model: name, as the user gave it.
         revision: the hub's commit, "" where there is none.
-        workload: the layer that was tuned.
-        gate_up_file, down_file: SGLang's names for the two files; `down_file` is "" for a release that reads one joint
-            file, whose rows then have one tile for both projections.
+        workload: what was tuned.
+        files: SGLang's name for each product's file, "" for a product that has none of its own.
         rows: by ascending batch size.
         created: UTC, "2026-11-23T22:58:01Z".
         seconds: what tuning took.
@@ -181,9 +188,8 @@ class Artefact:
     environment: Environment
     model: str
     revision: str
-    workload: Workload
-    gate_up_file: str
-    down_file: str
+    workload: AnyWorkload
+    files: tuple[str, ...]
     rows: tuple[RowChoice, ...]
     created: str
     seconds: float
@@ -191,20 +197,17 @@ class Artefact:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in filter(None, (self.gate_up_file, self.down_file)):
-            check_file_name(name)
+        self.family.check_names(self.files)
         FileName(self.triton_folder)
-        if self.gate_up_file == self.down_file:
-            raise ValueError("gate_up and down have one file name")
-        if not self.down_file and any(row.gate_up != row.down for row in self.rows):
+        if not all(self.files) and any(len(set(row.tiles.tiles)) > 1 for row in self.rows):
             raise ValueError("one joint file cannot hold a row of two tiles")
-        if any(row.gate_up.use_tma for row in self.rows) and not gate_up_may_describe(self.environment.sglang):
-            raise ValueError("USE_TMA breaks SGLang before 0.5.18 in a gate_up file")
         if len(self.notes) > MOST_NOTES or any(len(note) > LONGEST_NOTE for note in self.notes):
             raise ValueError("there are too many notes, or a note is too long")
         batches = [row.batch for row in self.rows]
         if not 1 <= len(batches) <= 1024 or any(low >= high for low, high in itertools.pairwise(batches)):
             raise ValueError("the rows are not 1 to 1024 ascending batch sizes")
+        for row in self.rows:
+            self._check_row(row)
         if not (math.isfinite(self.seconds) and 0 <= self.seconds <= 1e8):
             raise ValueError(f"{self.seconds} seconds is no duration")
         if not self.measured and any(row.decision is not Decision.FITTING_ONLY for row in self.rows):
@@ -216,12 +219,45 @@ class Artefact:
         """SGLang's name for the folder of its Triton's tuning files: "triton_3_6_0"."""
         return f"triton_{self.environment.triton.replace('.', '_')}"
 
+    def _check_row(self, row: RowChoice) -> None:
+        try:
+            self.family.check_row(row.tiles, self.environment.sglang)
+        except ValueError as error:
+            raise ValueError(f"row {row.batch}: {error}") from error
+
+    @property
+    def family(self) -> Family:
+        """The kernel family that was tuned."""
+        return family_of(self.workload)
+
+    @property
+    def gate_up_file(self) -> str:
+        """The gate-up file's name (an MoE layer only)."""
+        return self.files[0]
+
+    @property
+    def down_file(self) -> str:
+        """The down file's name (an MoE layer only)."""
+        return self.files[1]
+
     def to_json(self) -> str:
         """The artefact as a JSON text with a checksum, so that a flipped bit is seen."""
-        body = json.loads(json.dumps(asdict(self), default=plain_json))
-        for row, choice in zip(body["rows"], self.rows, strict=True):
-            row["gate_up"], row["down"] = choice.gate_up.to_json(), choice.down.to_json()
-        body["schema"] = SCHEMA
+        family = self.family
+        plain = {
+            "environment": asdict(self.environment),
+            "model": self.model,
+            "revision": self.revision,
+            "workload": family.write_workload(self.workload),
+            **{f"{p.value}_file": name for p, name in zip(family.products, self.files, strict=True)},
+            "rows": [_written_row(family, row) for row in self.rows],
+            "created": self.created,
+            "seconds": self.seconds,
+            "measured": self.measured,
+            "notes": self.notes,
+            "family": family.name,
+            "schema": SCHEMA,
+        }
+        body = json.loads(json.dumps(plain, default=plain_json))
         return json.dumps({**body, "checksum": _checksum(body)}, indent=1) + "\n"
 
     @classmethod
@@ -243,31 +279,23 @@ def _checksum(body: Mapping[str, Any]) -> str:
 
 
 def _read_artefact(reader: Reader) -> Artefact:
-    reader.only(field_names(Artefact) | {"schema"})
+    family = family_named(reader.text("family")) if reader.has("family") else UNNAMED
+    files = [f"{product.value}_file" for product in family.products]
+    reader.only((field_names(Artefact) - {"files"}) | {*files, "family", "schema"})
     artefact = Artefact(
         environment=_read_environment(reader.inner("environment")),
         model=reader.text("model", 4096),
         revision=reader.text("revision"),
-        workload=_read_workload(reader.inner("workload")),
-        gate_up_file=reader.text("gate_up_file"),
-        down_file=reader.text("down_file"),
-        rows=tuple(_read_row(row) for row in reader.each("rows")),
+        workload=family.read_workload(reader.inner("workload")),
+        files=tuple(reader.text(name) for name in files),
+        rows=tuple(_read_row(row, family) for row in reader.each("rows")),
         created=reader.text("created"),
         seconds=reader.number("seconds"),
         measured=reader.flag("measured"),
         notes=reader.texts("notes", LONGEST_NOTE),
     )
-    _check_names(artefact)
+    family.check_asked(artefact.workload, artefact.environment.card, artefact.files)
     return artefact
-
-
-def _check_names(artefact: Artefact) -> None:
-    """Refuse file names that are not those of the artefact's layer: installed, they would change another model's."""
-    pairs = pairs_of_names(artefact.workload, artefact.environment.card)
-    given = (artefact.gate_up_file, artefact.down_file)
-    if given not in pairs:
-        name, wanted = next((mine, its) for mine, its in zip(given, pairs[0], strict=True) if mine != its)
-        raise ValueError(f"it names the file {name}, and its layer's is {wanted}")
 
 
 def _read_environment(reader: Reader) -> Environment:
@@ -284,37 +312,30 @@ def _read_environment(reader: Reader) -> Environment:
     )
 
 
-def _read_workload(reader: Reader) -> Workload:
-    reader.only(field_names(Workload))
-    return Workload(
-        experts=reader.whole("experts", 1, 1 << 16),
-        intermediate=reader.whole("intermediate", 1, 1 << 20),
-        hidden_size=reader.whole("hidden_size", 1, 1 << 20),
-        top_k=reader.whole("top_k", 1, 1 << 12),
-        number_format=reader.one_of("number_format", NumberFormat),
-        activation_dtype=reader.text("activation_dtype", 40),
-        block_shape=None if reader.value("block_shape") is None else reader.pair("block_shape"),
-        per_channel_quant=reader.flag("per_channel_quant"),
-        group_size=reader.whole("group_size", 0, 1 << 20),
-        has_zero_points=reader.flag("has_zero_points"),
-        gated=reader.flag("gated"),
-        tp_size=reader.whole("tp_size", 1, 1 << 16),
-        ep_size=reader.whole("ep_size", 1, 1 << 16),
-    )
+_OF_ROW = ("noise", "layer_us", "sglang_layer_us")
 
 
-def _read_row(reader: Reader) -> RowChoice:
-    reader.only(field_names(RowChoice))
+def _written_row(family: Family, row: RowChoice) -> dict[str, Any]:
+    names = [product.value for product in family.products]
+    return {
+        "batch": row.batch,
+        **{name: family.row_of(tile) for name, tile in zip(names, row.tiles.tiles, strict=True)},
+        "decision": row.decision,
+        **{f"{name}_us": value for name, value in zip(names, row.us, strict=True)},
+        **{f"sglang_{name}_us": value for name, value in zip(names, row.sglang_us, strict=True)},
+        **{name: getattr(row, name) for name in _OF_ROW},
+    }
+
+
+def _read_row(reader: Reader, family: Family) -> RowChoice:
+    names = [product.value for product in family.products]
+    own, sglang = [f"{name}_us" for name in names], [f"sglang_{name}_us" for name in names]
+    reader.only({"batch", "decision", *names, *own, *sglang, *_OF_ROW})
     return RowChoice(
-        batch=reader.whole("batch", 1),
-        gate_up=reader.tile("gate_up"),
-        down=reader.tile("down"),
-        decision=reader.one_of("decision", Decision),
-        gate_up_us=reader.optional_number("gate_up_us"),
-        down_us=reader.optional_number("down_us"),
-        sglang_gate_up_us=reader.optional_number("sglang_gate_up_us"),
-        sglang_down_us=reader.optional_number("sglang_down_us"),
-        noise=reader.optional_number("noise"),
-        layer_us=reader.optional_number("layer_us"),
-        sglang_layer_us=reader.optional_number("sglang_layer_us"),
+        reader.whole("batch", 1),
+        RowTiles(*(family.tile_of(reader.value(name)) for name in names)),
+        reader.one_of("decision", Decision),
+        tuple(map(reader.optional_number, own)),
+        tuple(map(reader.optional_number, sglang)),
+        *map(reader.optional_number, _OF_ROW),
     )

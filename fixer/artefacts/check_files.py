@@ -9,22 +9,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 from fixer.artefacts.artefact import Artefact
 from fixer.base.errors import StoreError
 from fixer.base.files import Damaged, read_or_set_aside, set_aside, write_atomically
+from fixer.families.family import Family
+from fixer.families.registry import family_of
 from fixer.kernel.compile import Candidate, Compiled, CompileOutcome
 from fixer.kernel.fit import complaint
 from fixer.kernel.space import last_resorts
 from fixer.machine.cards import Card
 from fixer.sglang.lookup import BEFORE_MOEFIX, LookupStopsError
-from fixer.sglang.own_choices import OwnChoice, own_choices
 from fixer.sglang.tree import Lookup, Tree
-from fixer.sglang.tuning_files import parse_table
-from fixer.workload import Projection, Tile, Workload
+from fixer.workload import AnyWorkload, Kernel
 
 CompileFunction = Callable[[Iterable[Candidate]], Mapping[Candidate, Compiled]]
 
@@ -52,7 +51,7 @@ class Vetted:
         return bool(self.tree.ignored)
 
 
-def set_damaged_aside(tree: Tree, workload: Workload, card: Card) -> Vetted:
+def set_damaged_aside(tree: Tree, workload: AnyWorkload, card: Card) -> Vetted:
     """Move aside what SGLang would read for a workload and could not use: not JSON, wrong types, absurd tiles.
 
     What was there before moefix counts too. Compiles nothing.
@@ -73,23 +72,26 @@ def set_damaged_aside(tree: Tree, workload: Workload, card: Card) -> Vetted:
     return Vetted(tree, tuple(bad))
 
 
-def _first_damaged(tree: Tree, workload: Workload, card: Card, without_moefix: bool) -> Damaged | None:
-    lookup = tree.lookup(workload, card, without_moefix=without_moefix)
-    for path, tma in ((lookup.gate_up_path, tree.takes_gate_up_tma), (lookup.down_path, True)):
+def _first_damaged(tree: Tree, workload: AnyWorkload, card: Card, without_moefix: bool) -> Damaged | None:
+    family = family_of(workload)
+    lookup = family.lookup(tree, workload, card, without_moefix=without_moefix)
+    for product, path in zip(family.products, lookup.paths, strict=True):
         if path is not None:
-            _, damaged = read_or_set_aside(path, partial(parse_table, tma=tma))
+            _, damaged = read_or_set_aside(path, family.parser(product, tree))
             if damaged is not None:
                 return damaged
     why = _stop(tree, lookup, workload, card)
-    return set_aside(lookup.down_path, why) if why and lookup.down_path is not None else None
+    last = lookup.paths[-1]
+    return set_aside(last, why) if why and last is not None else None
 
 
-def _stop(tree: Tree, lookup: Lookup, workload: Workload, card: Card) -> str:
-    """Why SGLang would stop at two files that are good each by itself; up to 0.5.12 they must agree in BLOCK_SIZE_M."""
-    if lookup.down_path is None:
+def _stop(tree: Tree, lookup: Lookup, workload: AnyWorkload, card: Card) -> str:
+    """Why SGLang would stop at files that are good each by itself; up to 0.5.12 two must agree in BLOCK_SIZE_M."""
+    if len(lookup.paths) < 2 or lookup.paths[-1] is None:
         return ""
-    choose = own_choices(tree, lookup, workload, card)
-    batches = sorted({*_batches(lookup.gate_up_path, lookup.down_path), workload.experts, workload.experts + 1})
+    family = family_of(workload)
+    choose = family.own_choices(tree, lookup, workload, card)
+    batches = sorted({*_batches(family, lookup), *family.turning_points(workload)})
     between = {(low + high) // 2 + step for low, high in pairwise(batches) for step in (0, 1)}
     try:
         for tokens in sorted({*batches, *between}):
@@ -99,7 +101,7 @@ def _stop(tree: Tree, lookup: Lookup, workload: Workload, card: Card) -> str:
     return ""
 
 
-def vet(tree: Tree, workload: Workload, card: Card, rows: Iterable[int], compiler: CompileFunction) -> Vetted:
+def vet(tree: Tree, workload: AnyWorkload, card: Card, rows: Iterable[int], compiler: CompileFunction) -> Vetted:
     """Move aside, besides, the running Triton's files whose tiles overflow the card or do not compile for it.
 
     Args:
@@ -115,7 +117,11 @@ def vet(tree: Tree, workload: Workload, card: Card, rows: Iterable[int], compile
     for _ in range(MOST_FILES):
         faults = _misfits(tree, workload, card, rows, compiler)
         # A file in another Triton's folder may be right for that one: a pair in the running one's folder hides it.
-        here = {path: why for path, why in faults.items() if path is not None and path.parent == tree.triton_folder}
+        here = {
+            path: why
+            for path, why in faults.items()
+            if path is not None and path.parent == family_of(workload).folder(tree)
+        }
         if not here:
             return Vetted(tree, tuple(bad), fits=not faults)
         for path, why in here.items():
@@ -126,22 +132,25 @@ def vet(tree: Tree, workload: Workload, card: Card, rows: Iterable[int], compile
 
 
 def _misfits(
-    tree: Tree, workload: Workload, card: Card, rows: tuple[int, ...], compiler: CompileFunction
+    tree: Tree, workload: AnyWorkload, card: Card, rows: tuple[int, ...], compiler: CompileFunction
 ) -> dict[Path | None, str]:
     """Where a tile comes from that does not run on the card (None: SGLang's default), and why."""
-    lookup = tree.lookup(workload, card)
-    choose = own_choices(tree, lookup, workload, card)
-    own = {tokens: choose(tokens) for tokens in sorted({*rows, *_batches(lookup.gate_up_path, lookup.down_path)})}
-    compiled = compiler(
-        [Candidate(workload, projection, tile) for choice in own.values() for projection, tile, _ in _parts(choice)]
-    )
+    family = family_of(workload)
+    lookup = family.lookup(tree, workload, card)
+    choose = family.own_choices(tree, lookup, workload, card)
+    own = {tokens: choose(tokens) for tokens in sorted({*rows, *_batches(family, lookup)})}
+
+    def candidate(kernel: Kernel) -> Candidate:
+        return Candidate(workload, kernel.projection, kernel.tile)
+
+    compiled = compiler([candidate(kernel) for choice in own.values() for kernel, _ in choice.parts])
     faults: dict[Path | None, str] = {}
     for tokens, choice in own.items():
-        for projection, tile, source in _parts(choice):
-            why = complaint(compiled[Candidate(workload, projection, tile)], card)
+        for kernel, source in choice.parts:
+            why = complaint(compiled[candidate(kernel)], card)
             if why:
                 place = None if source == "default" else Path(source)
-                faults.setdefault(place, f"its row for M = {tokens} ({tile}, {projection.value}) {why}")
+                faults.setdefault(place, f"its row for M = {tokens} ({kernel.tile}, {kernel.projection.value}) {why}")
     return faults
 
 
@@ -152,16 +161,16 @@ def misfit(artefact: Artefact, card: Card, compiler: CompileFunction) -> str:
         MoefixError: nothing can be compiled here.
     """
     tiles = [
-        (row.batch, Candidate(artefact.workload, projection, tile))
+        (row.batch, Candidate(artefact.workload, kernel.projection, kernel.tile))
         for row in artefact.rows
-        for projection, tile in ((Projection.GATE_UP, row.gate_up), (Projection.DOWN, row.down))
+        for kernel in row.tiles.kernels
     ]
     compiled = compiler([candidate for _, candidate in tiles])
     for batch, candidate in tiles:
         result = compiled[candidate]
         if result.outcome in (CompileOutcome.DEADLINE, CompileOutcome.CRASHED):
             # The tile's fault, unless a small one does not compile here either.
-            probe = Candidate(artefact.workload, Projection.GATE_UP, last_resorts(artefact.workload)[0])
+            probe = Candidate(artefact.workload, artefact.family.products[0], last_resorts(artefact.workload)[0])
             complaint(compiler([probe])[probe], card)
             why = f"cannot be compiled: {result.outcome.value}"
         else:
@@ -171,14 +180,7 @@ def misfit(artefact: Artefact, card: Card, compiler: CompileFunction) -> str:
     return ""
 
 
-def _batches(*paths: Path | None) -> set[int]:
-    """Every row of some files: M between the rows of the ladder may come to any of them."""
-    tables = (parse_table(path.read_bytes()) for path in paths if path is not None)
+def _batches(family: Family, lookup: Lookup) -> set[int]:
+    """Every row of the files: M between the rows of the ladder may come to any of them."""
+    tables = (family.parser()(path.read_bytes()) for path in lookup.paths if path is not None)
     return {batch for table in tables for batch in table}
-
-
-def _parts(choice: OwnChoice) -> tuple[tuple[Projection, Tile, str], ...]:
-    return (
-        (Projection.GATE_UP, choice.gate_up, choice.gate_up_source),
-        (Projection.DOWN, choice.down, choice.down_source),
-    )

@@ -6,13 +6,15 @@ from dataclasses import replace
 
 from fixer import __version__
 from fixer.artefacts.artefact import Environment
+from fixer.families.family import Family
+from fixer.families.registry import UNNAMED
 from fixer.kernel.source import read_kernel_source
 from fixer.machine.cards import Card, known_cards
 from fixer.sglang.tree import Tree
 
 
-def environment_of(tree: Tree, card: Card) -> Environment:
-    """Everything that makes an artefact hold or not."""
+def environment_of(tree: Tree, card: Card, family: Family = UNNAMED) -> Environment:
+    """Everything that makes an artefact of a family hold or not."""
     return Environment(
         card=card.name,
         capability=card.capability,
@@ -20,7 +22,7 @@ def environment_of(tree: Tree, card: Card) -> Environment:
         driver=card.driver,
         triton=tree.triton,
         sglang=tree.version,
-        kernel_hash=read_kernel_source(tree.kernel_source).sha256,
+        kernel_hash=read_kernel_source(family.kernel_source(tree), family.kernel_names).sha256,
         moefix=__version__,
     )
 

@@ -8,13 +8,14 @@ from enum import Enum
 from pathlib import Path
 
 from fixer.artefacts.artefact import Artefact
-from fixer.artefacts.install import Pair, write_beside
+from fixer.artefacts.install import TunedFiles, write_beside
 from fixer.artefacts.vllm import approximations, vllm_file_name, vllm_table
-from fixer.base.errors import SGLangError
+from fixer.base.errors import SGLangError, UsageError
 from fixer.sglang.find_tree import fetched_tree, installed_tree, tree_at
 from fixer.sglang.releases import RELEASES
 from fixer.sglang.tree import Tree
 from fixer.sglang.tuning_files import render_table
+from fixer.workload import Workload
 
 
 class Form(Enum):
@@ -54,7 +55,7 @@ def write_sglang(artefact: Artefact, folder: Path, home: Path | None = None) -> 
         StoreError: they cannot be written; neither is changed.
     """
     files = _pair_files(artefact, folder)
-    note = f"SGLang {artefact.environment.sglang} looks in configs/{artefact.triton_folder}"
+    note = f"SGLang {artefact.environment.sglang} looks in {artefact.family.folder_name(artefact.environment.triton)}"
     return Written(tuple(path for path, _ in files), (*write_beside(files, home), note))
 
 
@@ -63,8 +64,12 @@ def write_vllm(artefact: Artefact, folder: Path, home: Path | None = None) -> Wr
 
     Raises:
         StoreError: it cannot be written.
+        UsageError: vLLM has no such file.
     """
-    path = folder / vllm_file_name(artefact.workload, artefact.environment.card)
+    workload = artefact.workload
+    if not isinstance(workload, Workload):
+        raise UsageError(f"vLLM reads no file of the {artefact.family.layer} as moefix tunes it", "Use another form.")
+    path = folder / vllm_file_name(workload, artefact.environment.card)
     kept = write_beside(((path, render_table(vllm_table(artefact))),), home)
     return Written((path,), (*kept, *approximations(artefact), f"start vLLM with VLLM_TUNED_CONFIG_FOLDER={folder}"))
 
@@ -85,7 +90,7 @@ def write_config_dir(artefact: Artefact, folder: Path, tree: Tree | None, home: 
         for path in sorted(tree.shipped_configs.glob("triton_*/*.json")):
             files[configs / path.parent.name / path.name] = path.read_bytes()
     shipped = len(files)
-    pair = _pair_files(artefact, configs / artefact.triton_folder)
+    pair = _pair_files(artefact, folder / artefact.family.folder_name(artefact.environment.triton))
     kept = write_beside(tuple((files | dict(pair)).items()), home)
     note = f"{shipped} files of SGLang {artefact.environment.sglang} are in it, since it takes their place"
     if not shipped:
@@ -95,7 +100,7 @@ def write_config_dir(artefact: Artefact, folder: Path, tree: Tree | None, home: 
 
 
 def _pair_files(artefact: Artefact, folder: Path) -> tuple[tuple[Path, bytes], ...]:
-    return Pair.of(artefact).files(folder)
+    return TunedFiles.of(artefact).files(folder)
 
 
 def tree_of(version: str, root: Path | None, cache: Path, say: Callable[[str], None]) -> Tree | None:

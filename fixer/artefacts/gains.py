@@ -25,10 +25,9 @@ def geometric_gain(artefact: Artefact, within: Callable[[int], bool] = lambda _:
 
 
 def compared_times(row: RowChoice) -> tuple[float, float] | None:
-    """SGLang's own time of a row and ours, in microseconds: the layer's, else both kernels'; None where one lacks."""
+    """SGLang's own time of a row and ours, in microseconds: the layer's, else all kernels'; None where one lacks."""
     if row.sglang_layer_us is not None and row.layer_us is not None:
         return row.sglang_layer_us, row.layer_us
-    up, down, own_up, own_down = row.times
-    if up is None or down is None or own_up is None or own_down is None:
-        return None
-    return own_up + own_down, up + down
+    ours = [time for time in row.us if time is not None]
+    own = [time for time in row.sglang_us if time is not None]
+    return (sum(own), sum(ours)) if len(ours) + len(own) == len(row.times) else None

@@ -1,8 +1,8 @@
-"""Puts a tuned pair of files where SGLang looks for it, and reads such pairs back.
+"""Puts tuned files where SGLang looks for them, and reads such files back.
 
-SGLang reads `<root>/configs/triton_<version>/<name>.json`, by exact name, where <root> is its own package or, in its
-place and not on top of it, SGLANG_MOE_CONFIG_DIR (fused_moe_triton_config.py, get_moe_configs). So a backup beside a
-file is never read, and an overlay has to hold everything that SGLang ships.
+SGLang reads `<root>/configs/<folder>/<name>.json`, by exact name, where <root> is its own package or, in its place and
+not on top of it, what the family's environment variable names (SGLANG_MOE_CONFIG_DIR: fused_moe_triton_config.py,
+get_moe_configs). So a backup beside a file is never read, and an overlay has to hold everything that SGLang ships.
 """
 
 from __future__ import annotations
@@ -11,18 +11,17 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
-from fixer.artefacts.artefact import Artefact, gate_up_may_describe
+from fixer.artefacts.artefact import Artefact
 from fixer.artefacts.overlay import mirror_shipped
 from fixer.base.data_folder import DataFolder
 from fixer.base.errors import StoreError
 from fixer.base.files import (
     Damaged,
-    check_file_name,
     read_bounded,
     read_or_set_aside,
     safe_name,
@@ -30,131 +29,129 @@ from fixer.base.files import (
     write_atomically,
     write_together,
 )
-from fixer.sglang.lookup import BEFORE_MOEFIX, CONFIG_DIR_VARIABLE
-from fixer.sglang.tuning_files import parse_table, render_table
-from fixer.workload import Tile, check_tile
+from fixer.families.family import Family
+from fixer.sglang.lookup import BEFORE_MOEFIX
+from fixer.workload import RowTiles, Tile
 
-OVERLAY_VARIABLE = CONFIG_DIR_VARIABLE
 BACKUP_SUFFIX = BEFORE_MOEFIX
 
 
 @dataclass(frozen=True)
-class Pair:
-    """The two tuning files of one workload, or the joint one of a release that reads one for both projections.
+class TunedFiles:
+    """The tuning files of one workload: one for each product of its family, or a joint one.
 
     Attributes:
-        gate_up_name, down_name: SGLang's names for the files; `down_name` is "" where it reads one joint file.
-        gate_up, down: a tile for each batch size M in tokens, both for the same M, each two sharing BLOCK_SIZE_M
-            (SGLang sorts tokens into blocks once for both, and would overrule the down projection's).
-        gate_up_may_describe: the release takes USE_TMA in a gate-up file.
+        family: the kernel family, which says what a row may be.
+        names: SGLang's name for each product's file; "" for one that has none of its own: the release then reads the
+            first product's file for it, and both tables must be the same.
+        tables: for each product a tile for each batch size M in tokens, all for the same M.
+        sglang: the release that will read them; "" for any.
 
     Raises:
-        ValueError: on construction, where that does not hold or a tile is absurd: an error in moefix itself.
+        ValueError: on construction, where that does not hold or a row is absurd: an error in moefix itself.
     """
 
-    gate_up_name: str
-    down_name: str
-    gate_up: Mapping[int, Tile]
-    down: Mapping[int, Tile]
-    gate_up_may_describe: bool = False
+    family: Family
+    names: tuple[str, ...]
+    tables: tuple[Mapping[int, Tile], ...]
+    sglang: str = ""
 
     def __post_init__(self) -> None:
-        for name in filter(None, (self.gate_up_name, self.down_name)):
-            check_file_name(name)
-        if not self.down_name and self.gate_up != self.down:
-            raise ValueError(f"one file {self.gate_up_name} cannot hold two tables")
-        if self.gate_up_name == self.down_name:
-            raise ValueError(f"both projections are to be written as {self.gate_up_name}")
-        if not self.gate_up or self.gate_up.keys() != self.down.keys():
-            raise ValueError(f"the rows differ: {sorted(self.gate_up)} and {sorted(self.down)}")
-        for batch, tile in self.gate_up.items():
-            if batch < 1 or check_tile(tile).block_m != check_tile(self.down[batch]).block_m:
-                raise ValueError(f"row {batch}: {tile} and {self.down[batch]} differ in BLOCK_SIZE_M")
-            if tile.use_tma and not self.gate_up_may_describe:
-                raise ValueError(f"row {batch}: USE_TMA breaks SGLang 0.5.17 in a gate_up file")
+        self.family.check_names(self.names)
+        first = self.tables[0]
+        for name, table in zip(self.names, self.tables, strict=True):
+            if not table or table.keys() != first.keys():
+                raise ValueError(f"the rows differ: {sorted(first)} and {sorted(table)}")
+            if not name and table != first:
+                raise ValueError(f"{self.names[0]} is one file for several products, and their tiles differ")
+        for batch in first:
+            if batch < 1:
+                raise ValueError(f"row {batch} is no batch size")
+            try:
+                self.family.check_row(RowTiles(*(table[batch] for table in self.tables)), self.sglang)
+            except ValueError as error:
+                raise ValueError(f"row {batch}: {error}") from error
 
     def files(self, folder: Path) -> tuple[tuple[Path, bytes], ...]:
         """The files in a folder, each with its content."""
-        return tuple((folder / name, render_table(table)) for name, table in self.tables.items())
-
-    @property
-    def tables(self) -> dict[str, Mapping[int, Tile]]:
-        """What each file holds, by its name: two, or one joint file."""
-        both = {self.gate_up_name: self.gate_up, self.down_name: self.down}
-        return {name: table for name, table in both.items() if name}
+        named = zip(self.names, self.tables, strict=True)
+        return tuple((folder / name, self.family.render(table)) for name, table in named if name)
 
     @classmethod
-    def of(cls, artefact: Artefact) -> Pair:
+    def of(cls, artefact: Artefact) -> TunedFiles:
         """An artefact's files."""
-        return cls(
-            artefact.gate_up_file,
-            artefact.down_file,
-            {row.batch: row.gate_up for row in artefact.rows},
-            {row.batch: row.down for row in artefact.rows},
-            gate_up_may_describe(artefact.environment.sglang),
-        )
+        rows = {row.batch: row.tiles for row in artefact.rows}
+        return cls.from_rows(artefact.family, artefact.files, rows, artefact.environment.sglang)
+
+    @classmethod
+    def from_rows(
+        cls, family: Family, names: tuple[str, ...], rows: Mapping[int, RowTiles], sglang: str = ""
+    ) -> TunedFiles:
+        """The files that hold these rows."""
+        tables = tuple({batch: row.of(product) for batch, row in rows.items()} for product in family.products)
+        return cls(family, names, tables, sglang)
 
 
 @dataclass(frozen=True)
 class Installation:
-    """Where a pair is now, and what SGLang needs to find it.
+    """Where tuned files are now, and what SGLang needs to find them.
 
     Attributes:
-        folder: the triton_* folder that holds the pair.
-        gate_up_path, down_path: the files; one and the same for a release that reads one joint file.
-        env: environment variables that SGLang has to be started with; none where the pair is in its own tree.
+        folder: the folder that holds them (for an MoE layer the running Triton's).
+        paths: each product's file; the first one's for a product that has none of its own.
+        env: environment variables that SGLang has to be started with; none where the files are in its own tree.
         notes: what was done that a person may want to know, one line each.
     """
 
     folder: Path
-    gate_up_path: Path
-    down_path: Path
+    paths: tuple[Path, ...]
     env: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        if self.down_path == self.gate_up_path:
-            return str(self.gate_up_path)
-        return f"{self.gate_up_path} and {self.down_path.name}"
+        first, *others = dict.fromkeys(self.paths)
+        return " and ".join([str(first), *(path.name for path in others)])
 
 
-def installed(folder: Path, pair: Pair) -> bool:
+def installed(folder: Path, files: TunedFiles) -> bool:
     """Whether the files are in `folder`, byte for byte."""
-    return all(_content(path) == content for path, content in pair.files(folder))
+    return all(_content(path) == content for path, content in files.files(folder))
 
 
-def install_pair(folder: Path, pair: Pair, home: Path, sglang_version: str, *, overlay: bool = True) -> Installation:
-    """Put the pair into `folder`, or into an overlay in the data folder where `folder` cannot be written.
+def install_files(
+    folder: Path, files: TunedFiles, home: Path, sglang_version: str, *, overlay: bool = True
+) -> Installation:
+    """Put the files into `folder`, or into an overlay in the data folder where `folder` cannot be written.
 
     A file that was there before and differs is kept once as `<name>.before-moefix`; an empty one of that name says
     that there was none. Later, one that moefix did not write is kept as `<name>.replaced-<UTC>`. A damaged one is set
     aside.
 
     Args:
-        folder: the running Triton's folder that SGLang reads: `<root>/configs/triton_3_6_0`, <root> being SGLang's
-            own or what the user has in SGLANG_MOE_CONFIG_DIR. It need not exist.
-        pair: the pair.
+        folder: the folder that SGLang reads (`Family.folder`): for an MoE layer `<root>/configs/triton_3_6_0`, <root>
+            being SGLang's own or what the user has in SGLANG_MOE_CONFIG_DIR. It need not exist.
+        files: what to put there.
         home: moefix's data folder.
         sglang_version: names the overlay.
-        overlay: this SGLang reads SGLANG_MOE_CONFIG_DIR, so that an overlay helps (`Tree.reads_config_dir_variable`).
+        overlay: this SGLang reads the family's environment variable, so that an overlay helps (`Family.reads_overlay`).
 
     Returns:
-        Where the pair is. Where it was there already, nothing is written.
+        Where they are. Where they were there already, nothing is written.
 
     Raises:
         StoreError: neither the folder nor the data folder can be written, or an overlay would not be read.
     """
-    if installed(folder, pair):
-        return _installation(folder, pair)
+    if installed(folder, files):
+        return _installation(folder, files)
     try:
-        notes = _write_pair(folder, pair, home)
+        notes = _write(folder, files, home)
     except StoreError as fault:
         if not overlay:
             raise StoreError(
                 f"{fault.message}; SGLang {sglang_version} reads its tuning files from there only", fault.hint
             ) from fault
-        return _install_overlay(folder, pair, home, safe_name(sglang_version), fault.message)
-    return _installation(folder, pair, notes=notes)
+        return _install_overlay(folder, files, home, safe_name(sglang_version), fault.message)
+    return _installation(folder, files, notes=notes)
 
 
 def write_beside(files: Sequence[tuple[Path, bytes]], home: Path | None = None) -> tuple[str, ...]:
@@ -205,9 +202,9 @@ def _keep_copy(path: Path, new: bytes, home: Path | None) -> tuple[str, ...]:
 
 
 def _installation(
-    folder: Path, pair: Pair, env: tuple[tuple[str, str], ...] = (), notes: tuple[str, ...] = ()
+    folder: Path, files: TunedFiles, env: tuple[tuple[str, str], ...] = (), notes: tuple[str, ...] = ()
 ) -> Installation:
-    return Installation(folder, folder / pair.gate_up_name, folder / (pair.down_name or pair.gate_up_name), env, notes)
+    return Installation(folder, tuple(folder / (name or files.names[0]) for name in files.names), env, notes)
 
 
 def _content(path: Path) -> bytes | None:
@@ -217,17 +214,18 @@ def _content(path: Path) -> bytes | None:
         return None
 
 
-def _write_pair(folder: Path, pair: Pair, home: Path) -> tuple[str, ...]:
-    return _replace(folder, pair, home, overlay=False)
+def _write(folder: Path, files: TunedFiles, home: Path) -> tuple[str, ...]:
+    return _replace(folder, files, home, overlay=False)
 
 
-def _replace(folder: Path, pair: Pair, home: Path, *, overlay: bool) -> tuple[str, ...]:
-    """Keep what is there, write the pair, and remember that moefix wrote it."""
-    files = pair.files(folder)
-    notes = tuple(note for path, content in files for note in _make_room(path, content, home, overlay))
-    write_together(files)
-    for _, content in files:
-        with contextlib.suppress(StoreError):  # at worst a later pair keeps this one as if it were another's
+def _replace(folder: Path, files: TunedFiles, home: Path, *, overlay: bool) -> tuple[str, ...]:
+    """Keep what is there, write the files, and remember that moefix wrote it."""
+    written = files.files(folder)
+    parse = files.family.parser()
+    notes = tuple(note for path, content in written for note in _make_room(path, content, parse, home, overlay))
+    write_together(written)
+    for _, content in written:
+        with contextlib.suppress(StoreError):  # at worst later files keep this one as if it were another's
             write_atomically(_mark(home, content), b"")
     return notes
 
@@ -237,7 +235,7 @@ def _mark(home: Path, content: bytes) -> Path:
     return DataFolder(home).written / hashlib.sha256(content).hexdigest()
 
 
-def _make_room(path: Path, new: bytes, home: Path, overlay: bool) -> tuple[str, ...]:
+def _make_room(path: Path, new: bytes, parse: Callable[[bytes], Any], home: Path, overlay: bool) -> tuple[str, ...]:
     """Keep what is at `path`, unless moefix wrote it, before `new` takes its place; an overlay's links are no files.
 
     Raises:
@@ -245,7 +243,7 @@ def _make_room(path: Path, new: bytes, home: Path, overlay: bool) -> tuple[str, 
     """
     if path.is_dir() or (overlay and path.is_symlink()):
         return ()
-    old, why = _usable(path)
+    old, why = _usable(path, parse)
     if old == new:
         return ()
     notes: tuple[str, ...] = ()
@@ -267,11 +265,11 @@ def _make_room(path: Path, new: bytes, home: Path, overlay: bool) -> tuple[str, 
     return notes
 
 
-def _usable(path: Path) -> tuple[bytes | None, str]:
+def _usable(path: Path, parse: Callable[[bytes], Any]) -> tuple[bytes | None, str]:
     """The content of a tuning file, None for none; and why it is none that SGLang could read, "" where it is."""
     try:
         content = read_bounded(path)
-        parse_table(content)
+        parse(content)
     except FileNotFoundError:
         return None, ""
     except OSError as fault:
@@ -284,7 +282,7 @@ def _usable(path: Path) -> tuple[bytes | None, str]:
 # --- the overlay -----------------------------------------------------------------------------------------------------
 
 
-def _install_overlay(folder: Path, pair: Pair, home: Path, name: str, reason: str) -> Installation:
+def _install_overlay(folder: Path, files: TunedFiles, home: Path, name: str, reason: str) -> Installation:
     root = DataFolder(home).overlay / name
     own = root / "configs" / folder.name
     try:
@@ -294,40 +292,38 @@ def _install_overlay(folder: Path, pair: Pair, home: Path, name: str, reason: st
             f"SGLang's files cannot be mirrored to {own}: {fault.strerror or fault}",
             "Make SGLang's folder or the data folder writable, with some space free.",
         ) from fault
-    notes = () if installed(own, pair) else _replace(own, pair, home, overlay=True)
-    note = f"SGLang's own folder was left as it is ({reason}); the pair is in {own}"
-    return _installation(own, pair, ((OVERLAY_VARIABLE, str(root)),), (*notes, note))
+    notes = () if installed(own, files) else _replace(own, files, home, overlay=True)
+    note = f"SGLang's own folder was left as it is ({reason}); the tuned files are in {own}"
+    return _installation(own, files, ((files.family.overlay_variable, str(root)),), (*notes, note))
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class PairOnDisk:
-    """What SGLang would find under the pair's two names.
+class FilesOnDisk:
+    """What SGLang would find under some files' names.
 
     Attributes:
-        gate_up, down: a tile for each M; None where there is no file, or a damaged one.
+        tables: for each product a tile for each M; None where there is no file, or a damaged one.
         damaged: the files that could not be used, for the caller to report.
     """
 
-    gate_up: Mapping[int, Tile] | None
-    down: Mapping[int, Tile] | None
+    tables: tuple[Mapping[int, Tile] | None, ...]
     damaged: tuple[Damaged, ...]
 
 
-def read_pair(folder: Path, gate_up_name: str, down_name: str) -> PairOnDisk:
-    """Read the two files, whatever state they are in. A damaged one is moved aside and reported.
+def read_files(folder: Path, family: Family, names: tuple[str, ...]) -> FilesOnDisk:
+    """Read a family's files, whatever state they are in. A damaged one is moved aside and reported.
 
     Whether the tiles fit the card is not looked at here: that takes the compiler.
 
     Raises:
         ValueError: a name is no plain file name.
     """
-    gate_up, gate_up_damaged = _read_table(folder / check_file_name(gate_up_name), tma=False)
-    down, down_damaged = _read_table(folder / check_file_name(down_name), tma=True)
-    return PairOnDisk(gate_up, down, tuple(report for report in (gate_up_damaged, down_damaged) if report))
-
-
-def _read_table(path: Path, tma: bool) -> tuple[Mapping[int, Tile] | None, Damaged | None]:
-    return read_or_set_aside(path, partial(parse_table, tma=tma))
+    family.check_names(names)
+    read = [
+        read_or_set_aside(folder / (name or names[0]), family.parser(product))
+        for product, name in zip(family.products, names, strict=True)
+    ]
+    return FilesOnDisk(tuple(table for table, _ in read), tuple(report for _, report in read if report))

@@ -18,7 +18,8 @@ from fixer.artefacts.artefact import Artefact, Environment
 from fixer.base.data_folder import DataFolder
 from fixer.base.files import Damaged, read_or_set_aside, safe_name, write_atomically
 from fixer.base.json_reading import plain_json
-from fixer.workload import Tile, Workload
+from fixer.families.registry import UNNAMED, family_of
+from fixer.workload import AnyWorkload, Tile
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,14 @@ class Found:
     path: Path | None = field(default=None, compare=False)
 
 
-def artefact_path(home: Path, environment: Environment, workload: Workload) -> Path:
-    """Where the artefact for that environment and workload is: artefacts/<card>/<shape>-<hash of all that counts>."""
-    key = json.dumps([environment.counting_parts(), asdict(workload)], default=plain_json, sort_keys=True)
+def artefact_path(home: Path, environment: Environment, workload: AnyWorkload) -> Path:
+    """Where the artefact for that environment and workload is: artefacts/<card>/<label>-<hash of all that counts>."""
+    family = family_of(workload)
+    # The first family is left out: artefacts of earlier versions, which had one only, stay where they are.
+    named = [] if family is UNNAMED else [family.name]
+    key = json.dumps([environment.counting_parts(), asdict(workload), *named], default=plain_json, sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    shape = f"E={workload.experts},N={workload.intermediate},{workload.number_format.value}"
+    shape = family.label(workload)
     return DataFolder(home).artefacts / safe_name(environment.card.replace(" ", "_")) / f"{shape}-{digest}.json"
 
 
@@ -75,7 +79,9 @@ def save_artefact(home: Path, artefact: Artefact) -> Path:
     return path
 
 
-def find_artefact(home: Path, environment: Environment, workload: Workload, *, without: Container[Path] = ()) -> Found:
+def find_artefact(
+    home: Path, environment: Environment, workload: AnyWorkload, *, without: Container[Path] = ()
+) -> Found:
     """The kept artefact for this environment and workload, whatever state the folder is in. Never raises for a file.
 
     A damaged file is moved aside and reported. One that was not measured holds for any driver: nothing ran on one.
@@ -104,19 +110,19 @@ def find_artefact(home: Path, environment: Environment, workload: Workload, *, w
     return Found(None, min(near, key=lambda mismatch: len(mismatch.parts), default=None), tuple(dict.fromkeys(reports)))
 
 
-def earlier_tiles(home: Path, workload: Workload, most: int = 24) -> tuple[Tile, ...]:
-    """What earlier tunings on this volume chose for the same number format, the most frequent first.
+def earlier_tiles(home: Path, workload: AnyWorkload, most: int = 24) -> tuple[Tile, ...]:
+    """What earlier tunings on this volume chose for related workloads, the most frequent first.
 
     Whatever they were measured with: as something to try, a winner of another card, shape or Triton is good enough.
     """
+    family = family_of(workload)
     wins: Counter[Tile] = Counter()
     for path in _artefact_files(home):
         artefact, _ = _load(path)
         if artefact is None or not artefact.measured:
             continue
-        other = artefact.workload
-        if other.number_format is workload.number_format and bool(other.block_shape) == bool(workload.block_shape):
-            wins.update(tile for row in artefact.rows for tile in (row.gate_up, row.down) if not tile.use_tma)
+        if artefact.family is family and family.is_related(workload, artefact.workload):
+            wins.update(tile for row in artefact.rows for tile in row.tiles.tiles if not tile.use_tma)
     return tuple(tile for tile, _ in wins.most_common(most))
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 
 from fixer.artefacts.artefact import Artefact, Environment
 from fixer.artefacts.environment import card_of
-from fixer.artefacts.install import Installation, Pair, install_pair
+from fixer.artefacts.install import Installation, TunedFiles, install_files
 from fixer.artefacts.shelf import artefact_path, save_artefact
 from fixer.base.errors import CardError, CompileError, SGLangError, UsageError
 from fixer.base.files import read_bounded
 from fixer.base.json_reading import parse_json
+from fixer.families.family import Family
+from fixer.families.registry import UNNAMED
 from fixer.kernel.source import read_kernel_source
 from fixer.machine.cards import Card, find_card
 from fixer.model.config import Model
@@ -21,7 +23,6 @@ from fixer.model.rules.decide import decide
 from fixer.model.rules.ladder import ladder
 from fixer.sglang.flags import ServerFlags
 from fixer.sglang.tree import Tree
-from fixer.workload import Projection
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
@@ -75,16 +76,17 @@ def keep(artefact: Artefact, home: Path) -> Path:
 
 
 def install_in(tree: Tree, artefact: Artefact, home: Path) -> Installation:
-    """Put an artefact's pair of files where that tree looks for it.
+    """Put an artefact's files where that tree looks for it.
 
     Raises:
         SGLangError: the artefact is of another SGLang or Triton, so that its files would not be found or not hold.
         StoreError: nothing can be written.
     """
-    check_tree(artefact.environment, tree)
+    check_tree(artefact.environment, tree, artefact.family)
     check_names(artefact, tree)
-    pair, folder = Pair.of(artefact), tree.triton_folder
-    return install_pair(folder, pair, home, tree.version, overlay=tree.reads_config_dir_variable)
+    family = artefact.family
+    overlay = family.reads_overlay(tree)
+    return install_files(family.folder(tree), TunedFiles.of(artefact), home, tree.version, overlay=overlay)
 
 
 def check_fit(artefact: Artefact, tree: Tree) -> str:
@@ -115,14 +117,14 @@ def check_fit(artefact: Artefact, tree: Tree) -> str:
     return ""
 
 
-def check_tree(environment: Environment, tree: Tree) -> None:
+def check_tree(environment: Environment, tree: Tree, family: Family = UNNAMED) -> None:
     """Refuse an artefact of another SGLang, Triton or kernel than a tree's.
 
     Raises:
         SGLangError: it is.
     """
     check_versions(environment, tree.version, tree.triton)
-    if environment.kernel_hash != read_kernel_source(tree.kernel_source).sha256:
+    if environment.kernel_hash != read_kernel_source(family.kernel_source(tree), family.kernel_names).sha256:
         raise SGLangError(
             f"the artefact is of another kernel than that of SGLang {tree.version} in {tree.package}",
             "One of the two SGLangs was changed: tune with this one.",
@@ -136,10 +138,10 @@ def check_names(artefact: Artefact, tree: Tree) -> None:
         SGLangError: they are others.
     """
     card = card_of(artefact.environment)
-    wanted = tuple(tree.file_name(artefact.workload, card, projection) for projection in Projection)
-    if (artefact.gate_up_file, artefact.down_file) != wanted:
+    wanted = artefact.family.lookup(tree, artefact.workload, card).names
+    if artefact.files != wanted:
         raise SGLangError(
-            f"the artefact is of {artefact.gate_up_file}, and SGLang in {tree.package} asks for {wanted[0]}",
+            f"the artefact is of {artefact.files[0]}, and SGLang in {tree.package} asks for {wanted[0]}",
             "Tune with this SGLang.",
         )
 
@@ -222,8 +224,8 @@ def only_one(chosen: Chosen) -> Artefact:
 
 def describe(artefact: Artefact) -> str:
     """One line: the model, the card, the layer, the versions, when."""
-    environment, workload = artefact.environment, artefact.workload
-    layer = f"E={workload.experts},N={workload.intermediate} {workload.number_format.value} tp {workload.tp_size}"
+    environment = artefact.environment
+    layer = artefact.family.describe(artefact.workload)
     basis = "measured" if artefact.measured else "not measured"
     return (
         f"{artefact.model} on {environment.card}, {layer}, SGLang {environment.sglang}, Triton {environment.triton}, "

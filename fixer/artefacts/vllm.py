@@ -57,6 +57,7 @@ def vllm_table(artefact: Artefact) -> dict[int, Tile]:
 def approximations(artefact: Artefact) -> tuple[str, ...]:
     """In what the vLLM file is a guess, one sentence each."""
     workload = artefact.workload
+    assert isinstance(workload, Workload)
     split = sum(row.gate_up != row.down for row in artefact.rows)
     said = {
         "nothing was measured in vLLM, whose kernel and Triton are its own": True,

@@ -8,8 +8,6 @@ from dataclasses import fields
 from enum import Enum
 from typing import Any, TypeVar
 
-from fixer.workload import Tile
-
 
 def parse_json(content: str | bytes) -> Any:
     """A JSON text as Python objects, strictly: no NaN, no name twice in one object, no nesting without end.
@@ -77,6 +75,10 @@ class Reader:
             raise ValueError(f"{place} is not an object")
         self._row: dict[str, Any] = row
         self._place = place
+
+    def has(self, name: str) -> bool:
+        """Whether something is there under a name."""
+        return name in self._row
 
     def value(self, name: str) -> Any:
         """What is there under a name."""
@@ -152,13 +154,6 @@ class Reader:
         if not isinstance(rows, list):
             raise self._wrong(name, "a list")
         return (Reader(row, f"{self._place}: {name}[{place}]") for place, row in enumerate(rows))
-
-    def tile(self, name: str) -> Tile:
-        """A tile."""
-        row = self.value(name)
-        if not isinstance(row, dict):
-            raise self._wrong(name, "an object")
-        return Tile.from_json(row)
 
     def only(self, names: set[str]) -> None:
         """Refuse a name that nobody writes: it would be lost in silence."""

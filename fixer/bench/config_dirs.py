@@ -10,15 +10,14 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from fixer.artefacts.install import Pair
+from fixer.artefacts.install import TunedFiles
 from fixer.base.errors import StoreError
 from fixer.base.files import make_folder, write_together
 from fixer.sglang.lookup import BEFORE_MOEFIX
 from fixer.sglang.tree import Tree
-from fixer.sglang.tuning_files import render_table
 
 
-def make_config_dir(root: Path, tree: Tree, files: Pair | None) -> Path:
+def make_config_dir(root: Path, tree: Tree, files: TunedFiles | None) -> Path:
     """A folder for SGLANG_MOE_CONFIG_DIR, made anew.
 
     Args:
@@ -27,7 +26,7 @@ def make_config_dir(root: Path, tree: Tree, files: Pair | None) -> Path:
         files: put into the running Triton's folder, in place of what the tree has under these names; None: nothing.
 
     Returns:
-        The running Triton's folder in it, which holds the pair.
+        The running Triton's folder in it, which holds the files.
 
     Raises:
         StoreError: it cannot be written.
@@ -46,7 +45,7 @@ def make_config_dir(root: Path, tree: Tree, files: Pair | None) -> Path:
             f"the folder {root} cannot be made: {fault.strerror or fault}", "Free some space in the data folder."
         ) from fault
     if files is not None:
-        write_together([(own / name, render_table(table)) for name, table in files.tables.items()])
+        write_together(files.files(own))
     return own
 
 

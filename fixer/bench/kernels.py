@@ -16,7 +16,7 @@ from fixer.machine.worker import ChildProcess, Factory, Fate
 from fixer.serve.find_or_tune import importable_package
 from fixer.sglang.server import OUT_OF_SHARED_MEMORY
 from fixer.tuning.duel import Duel, DuelRequest
-from fixer.workload import TilePair
+from fixer.workload import RowTiles
 
 DEFAULT_ROUNDS = 3
 """Each captures its graphs anew, on other memory, with the sides in the other order."""
@@ -78,7 +78,7 @@ class _Duels:
     def __init__(self, subject: Subject, child: ChildProcess) -> None:
         self._child = child
         self._tuned = {batch: subject.tuned_pair(batch) for batch in subject.rows}
-        self._own: dict[int, TilePair | None] = {batch: subject.own_pair(batch) for batch in subject.rows}
+        self._own: dict[int, RowTiles | None] = {batch: subject.own_pair(batch) for batch in subject.rows}
         self.by_row: dict[int, list[Duel]] = {batch: [] for batch in self._tuned}
         self.same = {batch: self._own[batch] == self._tuned[batch] for batch in self._tuned}
 

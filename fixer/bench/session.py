@@ -151,8 +151,8 @@ class _Session:
             SGLangError: it did not.
         """
         used = files_used(server.log_text())
-        pair = self._subjects[start.subject].tuned_files
-        missing = {own / name for name in pair.tables} - set(used)
+        files = self._subjects[start.subject].tuned_files
+        missing = {own / name for name in files.names if name} - set(used)
         if start.side is Side.TUNED and missing:
             names = ", ".join(sorted(path.name for path in missing))
             raise SGLangError(f"SGLang's log does not say that it read {names}.", f"Its log: {server.log}")

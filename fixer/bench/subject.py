@@ -6,13 +6,13 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from fixer import __version__
 from fixer.artefacts.artefact import Artefact, RowChoice
-from fixer.artefacts.install import Pair
+from fixer.artefacts.install import TunedFiles
 from fixer.artefacts.shelf import artefact_path
 from fixer.base.errors import SGLangError, StoreError
 from fixer.base.files import utc_now
@@ -26,8 +26,8 @@ from fixer.serve.find_or_tune import artefact_for
 from fixer.serve.options import MoefixOptions
 from fixer.serve.run import Run
 from fixer.serve.situation import OnCard, Situation, look_around
-from fixer.sglang.own_choices import OwnChoice, own_choices
-from fixer.workload import Tile, TilePair, Workload
+from fixer.sglang.own_choices import OwnChoice
+from fixer.workload import RowTiles, Workload
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ class Subject:
     @property
     def workload(self) -> Workload:
         """The layer on one shard."""
-        return self.artefact.workload
+        workload = self.artefact.workload
+        assert isinstance(workload, Workload)  # the only family that is compared so far
+        return workload
 
     @property
     def file(self) -> str:
@@ -78,10 +80,11 @@ class Subject:
         name are not for such a card.
         """
         tree = self.situation.tree
-        lookup = tree.lookup(self.workload, self.card, without_moefix=True)
+        family = self.artefact.family
+        lookup = family.lookup(tree, self.workload, self.card, without_moefix=True)
         if self.smem_limit is not None:
-            lookup = replace(lookup, gate_up_path=None, down_path=None)
-        return own_choices(tree, lookup, self.workload, self.card)
+            lookup = lookup.without_files
+        return family.own_choices(tree, lookup, self.workload, self.card)
 
     @cached_property
     def rows(self) -> Mapping[int, RowChoice]:
@@ -89,39 +92,34 @@ class Subject:
         return {row.batch: row for row in self.artefact.rows}
 
     @cached_property
-    def tuned_files(self) -> Pair:
-        """The artefact's pair of files."""
-        return Pair.of(self.artefact)
+    def tuned_files(self) -> TunedFiles:
+        """The artefact's files."""
+        return TunedFiles.of(self.artefact)
 
-    def own_pair(self, batch: int) -> TilePair:
+    def own_pair(self, batch: int) -> RowTiles:
         """What SGLang's own side runs for M."""
-        choice = self.own(batch)
-        return TilePair(choice.gate_up, choice.down)
+        return self.own(batch).tiles
 
-    def tuned_pair(self, batch: int) -> TilePair:
+    def tuned_pair(self, batch: int) -> RowTiles:
         """What the tuned side runs for M."""
-        row = self.row(batch)
-        return TilePair(row.gate_up, row.down)
+        return self.row(batch).tiles
 
     def row(self, batch: int) -> RowChoice:
         """The artefact's row that SGLang looks up for M: the nearest, of two equally near the smaller."""
         return self.rows[min(self.rows, key=lambda row: abs(row - batch))]
 
     @property
-    def own_files(self) -> Pair | None:
-        """SGLang's own side as a pair of files; None without a pretended limit, where its own tree says it best.
+    def own_files(self) -> TunedFiles | None:
+        """SGLang's own side as files; None without a pretended limit, where its own tree says it best.
 
         A default changes once, between M = E and M = E + 1; SGLang takes the nearest row of a file, so that two rows
         are the same function of M.
         """
         if self.smem_limit is None:
             return None
-        ups: dict[int, Tile] = {}
-        downs: dict[int, Tile] = {}
-        for tokens in (self.workload.experts, self.workload.experts + 1):
-            choice = self.own(tokens)
-            ups[tokens], downs[tokens] = choice.gate_up, choice.down
-        return Pair(self.artefact.gate_up_file, self.artefact.down_file, ups, downs)
+        family = self.artefact.family
+        rows = {tokens: self.own(tokens).tiles for tokens in family.turning_points(self.workload)}
+        return TunedFiles.from_rows(family, self.artefact.files, rows, self.artefact.environment.sglang)
 
     def lock(self, progress: Progress) -> Lock:
         """The card for this process alone, among all that tune or measure on this data folder."""

@@ -41,6 +41,6 @@ def command(*, files: tuple[Path, ...], install: bool, sglang_root: Path | None,
                 click.echo("moefix: it was not measured: a server uses it as it is; `moefix tune` measures", err=True)
             if tree is not None:
                 installation = transfer.install_in(tree, artefact, data)
-                click.echo(f"installed {installation.gate_up_path} and {installation.down_path.name}")
+                click.echo(f"installed {installation}")
                 for name, value in installation.env:
                     click.echo(f"moefix: start SGLang with {name}={value}", err=True)

@@ -92,7 +92,7 @@ def _files_for(tree: Tree, workload: object, card: Card) -> Iterator[Finding]:
 
     assert isinstance(workload, Workload)
     lookup = tree.lookup(workload, card)
-    for path in filter(None, (lookup.gate_up_path, lookup.down_path)):
+    for path in filter(None, lookup.paths):
         try:
             parse_table(read_bounded(path))
         except (OSError, ValueError) as fault:

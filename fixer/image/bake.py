@@ -178,10 +178,9 @@ def check_artefact(artefact: Artefact, order: Order, flags: ServerFlags, base: I
         base.labels.get("moefix.triton.version", ""),
     )
     if not asks_for(artefact, load_model("", flags), flags):
-        workload = artefact.workload
         raise UsageError(
-            f"{order.model} with these flags does not ask for this artefact's E={workload.experts}, "
-            f"N={workload.intermediate}, {workload.number_format.value}, tp {workload.tp_size}, ep {workload.ep_size}",
+            f"{order.model} with these flags does not ask for this artefact's "
+            f"{artefact.family.describe(artefact.workload)}",
             "Give the model and the flags (--tp, --quantization, ...) that it was tuned for.",
         )
 

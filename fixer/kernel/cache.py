@@ -244,7 +244,8 @@ def _plain(value: object) -> str:
 def _arguments_hash() -> str:
     """Of the code that works out a launch's arguments: another moefix may compile with others."""
     package = resources.files("fixer.kernel")
-    text = b"".join(package.joinpath(name).read_bytes() for name in ("compile.py", "source.py", "arguments.py"))
+    text = b"".join(package.joinpath(name).read_bytes() for name in ("compile.py", "source.py"))
+    text += resources.files("fixer.families.fused_moe").joinpath("arguments.py").read_bytes()
     return hashlib.sha256(text).hexdigest()[:16]
 
 

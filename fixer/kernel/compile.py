@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from fixer.base.errors import CompileError, SGLangError
-from fixer.kernel.arguments import LaunchContext, Product, Role, kernel_name, launch_arguments, operands
-from fixer.kernel.arguments import padded_tokens as sorted_length_of
+from fixer.families.fused_moe.arguments import LaunchContext, Product, Role, launch_arguments, operands
+from fixer.families.fused_moe.arguments import padded_tokens as sorted_length_of
+from fixer.families.registry import family_of
 from fixer.kernel.source import SWAP_RULE, KernelSource, load_kernels
 from fixer.machine.cards import Card
 from fixer.sglang.cut import code_of, namespace
 from fixer.sglang.stand_ins import card_stand_ins
-from fixer.workload import NumberFormat, Projection, Tile, Workload
+from fixer.workload import AnyWorkload, NumberFormat, Projection, Tile, Workload
 
 
 class CompileOutcome(Enum):
@@ -61,7 +62,7 @@ class Candidate:
     `sorted_output`: a gate-up kernel before a down kernel with tensor descriptors, which reads rows in sorted order.
     """
 
-    workload: Workload
+    workload: AnyWorkload
     projection: Projection
     tile: Tile
     tokens: int | None = None
@@ -151,14 +152,14 @@ def warm_kernel(target: Target, candidate: Candidate) -> Any:
     return function.warmup(**compile_arguments(function, target, candidate), grid=(1,))
 
 
-def kernel_function(target: Target, workload: Workload) -> Any:
+def kernel_function(target: Target, workload: AnyWorkload) -> Any:
     """The `@triton.jit` function that a workload runs."""
-    return getattr(load_kernels(target.source, target.folder), kernel_name(workload))
+    return getattr(load_kernels(target.source, target.folder), family_of(workload).kernel_name(workload))
 
 
-def swaps_operands(target: Target, workload: Workload, tile: Tile) -> bool:
+def swaps_operands(target: Target, workload: AnyWorkload, tile: Tile) -> bool:
     """Whether SGLang swaps the operands of a launch, by its own rule."""
-    is_fp8 = workload.number_format is NumberFormat.FP8_W8A8
+    is_fp8 = family_of(workload).number_format(workload) is NumberFormat.FP8_W8A8
     rule = _swap_rule(target.source.swap_rule, target.arch, target.card) if target.source.swap_rule and is_fp8 else None
     return bool(rule and rule(tile.block_m, tile.block_n))
 
@@ -173,6 +174,7 @@ def _swap_rule(text: str, arch: int, card: str) -> Any:
 def compile_arguments(function: Any, target: Target, candidate: Candidate) -> dict[str, Any]:
     """The arguments of a candidate's launch, with shapes in the place of tensors."""
     workload, tile = candidate.workload, candidate.tile
+    assert isinstance(workload, Workload)  # the only family that is compiled so far
     anything = candidate.tokens is None
     product = Product(workload, candidate.projection, _ANY_TOKENS if candidate.tokens is None else candidate.tokens)
     length = _ANY_TOKENS if anything else sorted_length_of(workload, product.tokens, tile.block_m)

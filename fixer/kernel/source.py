@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -38,8 +39,11 @@ class KernelSource:
     swap_rule: str = ""
 
 
-def read_kernel_source(path: Path) -> KernelSource:
+def read_kernel_source(path: Path, names: Sequence[str] = KERNELS) -> KernelSource:
     """Cut the kernels and the `@triton.jit` functions they call out of a file of SGLang.
+
+    Args:
+        names: the kernels; the first one must be there.
 
     Raises:
         SGLangError: the file cannot be read or lacks the kernel.
@@ -47,9 +51,9 @@ def read_kernel_source(path: Path) -> KernelSource:
     source = Source.read(path)
     functions = {node.name: node for node in parse(source).body if isinstance(node, ast.FunctionDef)}
     jitted = {name: node for name, node in functions.items() if _is_jitted(node)}
-    wanted = {name for name in KERNELS if name in jitted}
-    if KERNELS[0] not in wanted:
-        raise SGLangError(f"{path} has no @triton.jit function {KERNELS[0]}.")
+    wanted = {name for name in names if name in jitted}
+    if names[0] not in wanted:
+        raise SGLangError(f"{path} has no @triton.jit function {names[0]}.")
     while True:  # the functions that they call, and those that these call
         called = {name.id for kernel in wanted for name in ast.walk(jitted[kernel]) if isinstance(name, ast.Name)}
         found = wanted | (called & jitted.keys())
@@ -58,7 +62,7 @@ def read_kernel_source(path: Path) -> KernelSource:
         wanted = found
     text = _blank_all_but(source.text.splitlines(), [jitted[name] for name in wanted])
     rule = cut_text(source, (SWAP_RULE,), CARD_NAMES)
-    if not rule and "swap_ab" in {argument.arg for argument in jitted[KERNELS[0]].args.args}:
+    if not rule and "swap_ab" in {argument.arg for argument in jitted[names[0]].args.args}:
         raise UnknownFormError(path, f"its kernel takes swap_ab, and it lacks {SWAP_RULE}")
     return KernelSource(path, text, hashlib.sha256(text.encode()).hexdigest(), rule)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from fixer.families.registry import family_of
 from fixer.kernel.cache import is_lasting, triton_version
 from fixer.kernel.compile import Candidate, Compiled, CompileOutcome
 from fixer.kernel.fit import CompileFunction
@@ -23,9 +24,9 @@ from fixer.plan.plan import Plan, PlanRow, Source, Use
 from fixer.plan.proposals import choose, offers
 from fixer.sglang.declared import declared_of
 from fixer.sglang.flags import ServerFlags
-from fixer.sglang.own_choices import OwnChoice, own_choices
+from fixer.sglang.own_choices import OwnChoice
 from fixer.sglang.tree import Found, Lookup, Tree
-from fixer.workload import BOTH, Projection, Tile, TilePair, Workload
+from fixer.workload import BOTH, Projection, RowTiles, Tile, Workload
 
 # --- making it -------------------------------------------------------------------------------------------------------
 
@@ -66,7 +67,7 @@ class _Own:
     """What SGLang runs for one M, and from where."""
 
     source: Source
-    pair: TilePair
+    pair: RowTiles
 
 
 _SOURCES = {Found.SHIPPED: Source.SHIPPED, Found.OTHER_TRITON: Source.OTHER_TRITON, Found.NONE: Source.DEFAULT}
@@ -76,10 +77,10 @@ def _own(tree: Tree, lookup: Lookup | None, workload: Workload, card: Card, rows
     if lookup is None:
         fixed = _both(tree.deterministic_tile(workload, card))
         return {tokens: _Own(Source.DETERMINISTIC, fixed) for tokens in rows}
-    choose_own: Callable[[int], OwnChoice] = own_choices(tree, lookup, workload, card)
+    choose_own: Callable[[int], OwnChoice] = family_of(workload).own_choices(tree, lookup, workload, card)
     choices = {tokens: choose_own(tokens) for tokens in rows}
     source = _SOURCES[lookup.found]
-    return {tokens: _Own(source, TilePair(choice.gate_up, choice.down)) for tokens, choice in choices.items()}
+    return {tokens: _Own(source, choice.tiles) for tokens, choice in choices.items()}
 
 
 def _looked_up(own: Mapping[int, _Own]) -> tuple[PlanRow, ...]:
@@ -113,7 +114,7 @@ class _Planner:
     def rows(self, own: Mapping[int, _Own]) -> tuple[PlanRow, ...]:
         """The ladder's rows, compiled, each with a proposal where SGLang reads files and something fits."""
         reads_files = any(row.source is not Source.DETERMINISTIC for row in own.values())
-        proposed: dict[int, TilePair] = {}
+        proposed: dict[int, RowTiles] = {}
         with suppress(_NothingCompiles):
             proposed = self._proposals(own) if reads_files else {}
         with suppress(_NothingCompiles):
@@ -129,7 +130,7 @@ class _Planner:
             for tokens, row in own.items()
         )
 
-    def _proposals(self, own: Mapping[int, _Own]) -> dict[int, TilePair]:
+    def _proposals(self, own: Mapping[int, _Own]) -> dict[int, RowTiles]:
         """SGLang's own file where it fits, else what won elsewhere, else SGLang's default, else the smallest there is.
 
         SGLang's own and the first offers are compiled together, so that no core idles.
@@ -147,7 +148,7 @@ class _Planner:
                 pairs[tokens] = _writable(own[tokens].pair)
         return pairs | self._smallest([tokens for tokens in own if tokens not in pairs])
 
-    def _smallest(self, rows: list[int]) -> dict[int, TilePair]:
+    def _smallest(self, rows: list[int]) -> dict[int, RowTiles]:
         """For rows that nothing else fits."""
         if not rows:
             return {}
@@ -156,7 +157,7 @@ class _Planner:
         fitting = next((pair for pair in resorts if self._fits(pair)), None)
         return dict.fromkeys(rows, fitting) if fitting else {}
 
-    def _compile(self, pairs: Iterable[TilePair]) -> None:
+    def _compile(self, pairs: Iterable[RowTiles]) -> None:
         wanted = dict.fromkeys(candidate for pair in pairs for candidate in self._candidates(pair))
         missing = [candidate for candidate in wanted if candidate not in self._known]
         if missing:
@@ -164,18 +165,18 @@ class _Planner:
         if len(self._known) >= MOST_CRASHES and not any(map(_says_something, self._known.values())):
             raise _NothingCompiles
 
-    def _candidates(self, pair: TilePair) -> tuple[Candidate, Candidate]:
+    def _candidates(self, pair: RowTiles) -> tuple[Candidate, Candidate]:
         up, down = (
             Candidate(self._workload, projection, tile)
             for projection, tile in zip(BOTH, (pair.gate_up, pair.down), strict=True)
         )
         return up, down
 
-    def _compiled_fits(self, pair: TilePair) -> bool:
+    def _compiled_fits(self, pair: RowTiles) -> bool:
         self._compile([pair])
         return self._fits(pair)
 
-    def _fits(self, pair: TilePair) -> bool:
+    def _fits(self, pair: RowTiles) -> bool:
         return all(self._use(candidate.projection, candidate.tile).fits for candidate in self._candidates(pair))
 
     def _tile_fits(self, tile: Tile) -> bool:
@@ -189,14 +190,14 @@ class _Planner:
         return Use(tile, compiled.shared_bytes, compiled.shared_bytes <= self._card.shared_memory)
 
 
-def _writable(pair: TilePair) -> TilePair:
+def _writable(pair: RowTiles) -> RowTiles:
     """A pair that any release can read: USE_TMA in a gate-up file stops 0.5.17 (an argument its kernel lacks)."""
-    return replace(pair, gate_up=replace(pair.gate_up, use_tma=False))
+    return RowTiles(replace(pair.gate_up, use_tma=False), pair.down)
 
 
-def _both(tile: Tile) -> TilePair:
+def _both(tile: Tile) -> RowTiles:
     """One tile for both projections: what shipped files without a down file of their own do."""
-    return TilePair(tile, tile)
+    return RowTiles(tile, tile)
 
 
 # --- notes -----------------------------------------------------------------------------------------------------------

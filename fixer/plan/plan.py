@@ -10,7 +10,7 @@ from fixer.machine.cards import Card
 from fixer.model.config import Model
 from fixer.model.rules.case import Decision, Outcome
 from fixer.sglang.tree import Lookup
-from fixer.workload import NumberFormat, Tile, TilePair, Workload
+from fixer.workload import NumberFormat, RowTiles, Tile, Workload
 
 SCHEMA = 1
 
@@ -71,7 +71,7 @@ class PlanRow:
     source: Source
     gate_up: Use
     down: Use
-    proposed: TilePair | None = None
+    proposed: RowTiles | None = None
 
     @property
     def fits(self) -> bool | None:

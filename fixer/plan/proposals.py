@@ -10,12 +10,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fixer.kernel.space import Space, least_bytes, makes_sense
+from fixer.families.registry import family_of
+from fixer.kernel.space import Space, least_bytes
 from fixer.machine.cards import Card
 from fixer.sglang.tree import TuningFile
 from fixer.sglang.tuning_files import nearest_row
-from fixer.tuning.search.seeds import weight_of
-from fixer.workload import Tile, Workload
+from fixer.workload import AnyWorkload, Tile
 
 GOOD_RANK = 3
 """A row takes any of its first three: among those it is the one that most other rows can take as well."""
@@ -66,19 +66,19 @@ class Offers:
         return tuple(chosen)
 
 
-def offers(files: Sequence[TuningFile], workload: Workload, card: Card, rows: Iterable[int]) -> Offers:
+def offers(files: Sequence[TuningFile], workload: AnyWorkload, card: Card, rows: Iterable[int]) -> Offers:
     """What won near each row's M in the shipped files of the number format, nearest cards and shapes first.
 
     Args:
         files: the tuning files that SGLang ships.
         rows: the M to propose for.
     """
-    weights = [(file, weight_of(file, workload, card)) for file in files]
+    weights = [(file, family_of(workload).seed_weight(file, workload, card)) for file in files]
     weighted = [(file, weight) for file, weight in weights if weight > 0]
     return Offers({tokens: _ranked(_wins(weighted, workload, tokens), workload, card, tokens) for tokens in rows})
 
 
-def _wins(weighted: Iterable[tuple[TuningFile, float]], workload: Workload, tokens: int) -> dict[Tile, float]:
+def _wins(weighted: Iterable[tuple[TuningFile, float]], workload: AnyWorkload, tokens: int) -> dict[Tile, float]:
     """How much each tile won near M = `tokens`; every file gives its whole weight, spread over its near rows."""
     space = Space(workload)
     wins: dict[Tile, float] = {}
@@ -91,18 +91,14 @@ def _wins(weighted: Iterable[tuple[TuningFile, float]], workload: Workload, toke
     return wins
 
 
-def _near_rows(file: TuningFile, workload: Workload, tokens: int) -> list[Tile]:
-    """The tiles of the rows within a factor of `NEAR` of the M that gives the file's experts as many tokens.
-
-    The top-k that a file was tuned for is not in its name. Among public models it grows about as the square root of
-    the number of experts (8 experts: 2, 128: 8), so tokens an expert are about M over the root of E.
-    """
-    same = tokens * math.sqrt(file.experts / workload.experts)
+def _near_rows(file: TuningFile, workload: AnyWorkload, tokens: int) -> list[Tile]:
+    """The tiles of the rows within a factor of `NEAR` of the M that is the same work (`Family.same_tokens`)."""
+    same = family_of(workload).same_tokens(file, workload, tokens)
     near = [tile for key, tile in file.rows.items() if same / NEAR <= key <= same * NEAR]
     return near or [nearest_row(file.rows, round(same))]
 
 
-def _ranked(wins: Mapping[Tile, float], workload: Workload, card: Card, tokens: int) -> tuple[Tile, ...]:
+def _ranked(wins: Mapping[Tile, float], workload: AnyWorkload, card: Card, tokens: int) -> tuple[Tile, ...]:
     """The tiles whose block height suits M, the one with most wins in its neighbourhood first; misfits come last.
 
     Few files have a row near any M, so that the one tile that won most often is a matter of chance (and at worst
@@ -111,7 +107,7 @@ def _ranked(wins: Mapping[Tile, float], workload: Workload, card: Card, tokens: 
     places = {tile: _place(tile) for tile in wins}
     likely = {}
     for tile in wins:
-        if makes_sense(tile, workload, tokens):
+        if family_of(workload).makes_sense(tile, workload, tokens):
             support = sum(weight * 0.5 ** math.dist(places[tile], places[other]) for other, weight in wins.items())
             likely[tile] = (least_bytes(tile, workload) > card.shared_memory, -support, tile)
     return tuple(sorted(likely, key=lambda tile: likely[tile]))

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from fixer.base.console import plain_or_terminal
 from fixer.plan.plan import Plan, PlanRow, Use, Verdict
-from fixer.workload import Tile, TilePair
+from fixer.workload import RowTiles, Tile
 
 _STYLES = {
     Verdict.FITS: "green",
@@ -97,7 +97,7 @@ def _tiles(gate_up: Tile, down: Tile) -> str:
     return str(gate_up) if gate_up == down else f"{gate_up} / {down}"
 
 
-def _proposed(pair: TilePair | None, row: PlanRow) -> str:
+def _proposed(pair: RowTiles | None, row: PlanRow) -> str:
     if pair is None:
         return "-"
     if (pair.gate_up, pair.down) == (row.gate_up.tile, row.down.tile):

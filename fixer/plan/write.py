@@ -8,12 +8,12 @@ from pathlib import Path
 
 import fixer
 from fixer.artefacts.artefact import Artefact, Decision, Environment, RowChoice
-from fixer.artefacts.install import write_beside
+from fixer.artefacts.install import TunedFiles, write_beside
 from fixer.base.errors import UsageError
-from fixer.base.files import check_file_name, utc_now, write_together
+from fixer.base.files import utc_now, write_together
+from fixer.families.registry import family_of
 from fixer.plan.plan import SCHEMA, Plan
 from fixer.sglang.tree import Lookup
-from fixer.sglang.tuning_files import render_table
 
 SIDECAR_SUFFIX = ".moefix-plan"
 """Ends the sidecar's name. SGLang and its tools read names that end in .json only."""
@@ -23,7 +23,7 @@ def write_plan(plan: Plan, folder: Path) -> tuple[Path, ...]:
     """Write the proposed configurations under SGLang's exact file names, and a sidecar that says what they rest on.
 
     Returns:
-        The files: gate-up, down (where the release reads one), sidecar.
+        The files: one for each product that has one of its own, and the sidecar.
 
     Raises:
         UsageError: the plan proposes nothing for some row: a ladder with a gap would hand its M to a far row.
@@ -32,11 +32,9 @@ def write_plan(plan: Plan, folder: Path) -> tuple[Path, ...]:
     pairs = {row.tokens: row.proposed for row in plan.rows if row.proposed is not None}
     if plan.lookup is None or not pairs or len(pairs) != len(plan.rows):
         raise UsageError(f"there is no file to write for {plan.model.name} on {plan.card.name}", plan.decision.reason)
-    gate_up = {tokens: pair.gate_up for tokens, pair in pairs.items()}
-    down = {tokens: pair.down for tokens, pair in pairs.items()}
-    files = [(folder / check_file_name(plan.lookup.gate_up), render_table(gate_up))]
-    if plan.lookup.down:
-        files.append((folder / check_file_name(plan.lookup.down), render_table(down)))
+    assert plan.decision.workload is not None  # it has rows
+    family = family_of(plan.decision.workload)
+    files = list(TunedFiles.from_rows(family, plan.lookup.names, pairs, plan.sglang_version).files(folder))
     names = [path.name for path, _ in files]
     files.append((folder / sidecar_name(plan.lookup), _sidecar(plan, names)))
     if not files[-1][0].exists():  # without a sidecar what is there is not moefix's
@@ -47,8 +45,8 @@ def write_plan(plan: Plan, folder: Path) -> tuple[Path, ...]:
 
 
 def sidecar_name(lookup: Lookup) -> str:
-    """The sidecar's name: the gate-up file's, with an ending that SGLang never reads."""
-    return lookup.gate_up.removesuffix(".json") + SIDECAR_SUFFIX
+    """The sidecar's name: the first file's, with an ending that SGLang never reads."""
+    return lookup.names[0].removesuffix(".json") + SIDECAR_SUFFIX
 
 
 def _sidecar(plan: Plan, names: list[str]) -> bytes:
@@ -84,19 +82,16 @@ def planned_artefact(plan: Plan, environment: Environment) -> Artefact:
     rows = [(row.tokens, row.proposed) for row in plan.rows]
     if plan.lookup is None or workload is None or not rows or any(proposed is None for _, proposed in rows):
         raise UsageError(f"there is nothing to write for {plan.model.name} on {plan.card.name}", plan.decision.reason)
-    if not plan.lookup.down:
+    if not all(plan.lookup.names):
         raise UsageError(f"SGLang {plan.sglang_version} reads one joint file for both projections")
     return Artefact(
         environment=replace(environment, driver=""),
         model=plan.model.name,
         revision=plan.model.revision or "",
         workload=workload,
-        gate_up_file=plan.lookup.gate_up,
-        down_file=plan.lookup.down,
+        files=plan.lookup.names,
         rows=tuple(
-            RowChoice(tokens, proposed.gate_up, proposed.down, Decision.FITTING_ONLY)
-            for tokens, proposed in rows
-            if proposed is not None
+            RowChoice(tokens, proposed, Decision.FITTING_ONLY) for tokens, proposed in rows if proposed is not None
         ),
         created=utc_now(),
         seconds=0.0,

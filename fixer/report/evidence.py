@@ -20,13 +20,13 @@ from fixer.kernel.compile import Candidate, Compiled, CompileOutcome, Target
 from fixer.kernel.source import read_kernel_source
 from fixer.machine.cards import Card
 from fixer.sglang.find_tree import fetched_tree, installed_tree, tree_at
-from fixer.sglang.own_choices import OwnChoice, own_choices
+from fixer.sglang.own_choices import OwnChoice
 from fixer.sglang.releases import RELEASES
 from fixer.sglang.tree import Tree
 from fixer.tuning.journal import RunKey, read_looks
 from fixer.tuning.search.runner import Look
 from fixer.tuning.search.trials import Outcome
-from fixer.workload import Kernel, TilePair
+from fixer.workload import Kernel, RowTiles
 
 
 class Part(Enum):
@@ -61,15 +61,16 @@ class Evidence:
     missing: Mapping[Part, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def own_pair(self, batch: int) -> TilePair | None:
-        """SGLang's own pair of tiles for a row, None where it is not known."""
+    def own_pair(self, batch: int) -> RowTiles | None:
+        """SGLang's own tiles for a row, None where it is not known."""
         choice = self.own.get(batch)
-        return TilePair(choice.gate_up, choice.down) if choice else None
+        return choice.tiles if choice else None
 
-    def bytes_of(self, pair: TilePair) -> tuple[int | None, int | None]:
-        """What both kernels of a pair need, None where it is not known."""
-        up, down = pair.kernels
-        return self.shared.get(up), self.shared.get(down)
+    def bytes_of(self, row: RowTiles | None) -> tuple[int | None, ...]:
+        """What each product's kernel needs, None where it is not known."""
+        if row is None:
+            return (None,) * len(self.artefact.family.products)
+        return tuple(self.shared.get(kernel) for kernel in row.kernels)
 
 
 @dataclass(frozen=True)
@@ -169,8 +170,9 @@ def own_of(artefact: Artefact, tree: Tree) -> dict[int, OwnChoice]:
     """
     tree = replace(tree, triton=artefact.environment.triton)
     card = card_of(artefact)
-    lookup = tree.lookup(artefact.workload, card, without_moefix=True)
-    choose = own_choices(tree, lookup, artefact.workload, card)
+    family = artefact.family
+    lookup = family.lookup(tree, artefact.workload, card, without_moefix=True)
+    choose = family.own_choices(tree, lookup, artefact.workload, card)
     return {row.batch: choose(row.batch) for row in artefact.rows}
 
 
@@ -182,7 +184,7 @@ def _shared_memory(
 ) -> tuple[Mapping[Kernel, int], str]:
     """Bytes by kernel, of the rows' kernels and SGLang's own; and why there are none, "" where there are."""
     artefact = evidence.artefact
-    pairs = [TilePair(row.gate_up, row.down) for row in artefact.rows]
+    pairs = [row.tiles for row in artefact.rows]
     pairs += [pair for row in artefact.rows if (pair := evidence.own_pair(row.batch))]
     wanted = dict.fromkeys(kernel for pair in pairs for kernel in pair.kernels)
     shared = {kernel: known[kernel] for kernel in wanted if kernel in known}
@@ -192,7 +194,7 @@ def _shared_memory(
     if tree is None:
         return shared, "" if shared else f"SGLang {artefact.environment.sglang} is not at hand to be compiled."
     try:
-        source = read_kernel_source(tree.kernel_source)
+        source = read_kernel_source(artefact.family.kernel_source(tree), artefact.family.kernel_names)
         if source.sha256 != artefact.environment.kernel_hash:
             return shared, "" if shared else "SGLang's kernel has another source now than when it was tuned."
         card = card_of(artefact)

@@ -11,6 +11,7 @@ from typing import Any
 
 from fixer.bench.results import BenchResult, ServeLoad
 from fixer.bench.words import change, span
+from fixer.families.family import Family
 from fixer.report.drawing import (
     GRID,
     INK,
@@ -46,7 +47,7 @@ def gains(summary: Summary) -> Figure | None:
     best = summary.best
     frame = Frame(
         "plot-gains",
-        "Time saved in the MoE layer at each batch size",
+        f"Time saved in the {summary.artefact.family.layer} at each batch size",
         f"Bars for {summary.count(Fate.FASTER)} of {len(rows)} batch sizes that take less time than with SGLang's own "
         f"configuration{f', at most {percent(best.less or 0)} at M = {best.batch}' if best else ''}. Circles at zero "
         "are rows that keep SGLang's own. The whiskers are three standard errors.",
@@ -94,11 +95,15 @@ class Quantity:
     times: Callable[[Row], tuple[float | None, float | None]]
 
 
-QUANTITIES = (
-    Quantity("layer", "Whole layer", lambda row: (row.choice.sglang_layer_us, row.choice.layer_us)),
-    Quantity("gate-up", "Gate-up kernel", lambda row: (row.choice.sglang_gate_up_us, row.choice.gate_up_us)),
-    Quantity("down", "Down kernel", lambda row: (row.choice.sglang_down_us, row.choice.down_us)),
-)
+def quantities(family: Family) -> tuple[Quantity, ...]:
+    """What is drawn of a family: the whole layer, then each product's kernel."""
+
+    def kernel(place: int, name: str) -> Quantity:
+        title = f"{name[:1].upper()}{name[1:]} kernel"
+        return Quantity(name, title, lambda row: (row.choice.sglang_us[place], row.choice.us[place]))
+
+    layer = Quantity("layer", "Whole layer", lambda row: (row.choice.sglang_layer_us, row.choice.layer_us))
+    return (layer, *(kernel(place, name) for place, name in enumerate(family.product_names)))
 
 
 def times(summary: Summary, quantity: Quantity) -> Figure | None:
@@ -153,12 +158,17 @@ def times(summary: Summary, quantity: Quantity) -> Figure | None:
 def shared_memory(summary: Summary) -> Figure | None:
     """What each row's kernels need of the card's shared memory; None where nothing is known of it."""
     rows, limit = summary.rows, summary.artefact.environment.shared_memory
-    series = (
-        ("SGLang's own, gate-up", OWN, "o", [row.own_shared[0] for row in rows]),
-        ("SGLang's own, down", OWN, "v", [row.own_shared[1] for row in rows]),
-        ("tuned, gate-up", TUNED, "s", [row.shared[0] for row in rows]),
-        ("tuned, down", TUNED, "^", [row.shared[1] for row in rows]),
-    )
+    names = summary.artefact.family.product_names
+    owns = [
+        (f"SGLang's own, {name}", OWN, marker, [row.own_shared[place] for row in rows])
+        for (place, name), marker in zip(enumerate(names), "ov", strict=False)
+    ]
+    tuned = [
+        (f"tuned, {name}", TUNED, marker, [row.shared[place] for row in rows])
+        for (place, name), marker in zip(enumerate(names), "s^", strict=False)
+    ]
+    series = [*owns, *tuned]
+    shifts = [0.14 * (place - (len(series) - 1) / 2) for place in range(len(series))]
     known = [size for *_, sizes in series for size in sizes if size is not None]
     if not known:
         return None
@@ -167,14 +177,14 @@ def shared_memory(summary: Summary) -> Figure | None:
         "plot-shared",
         "Shared memory at each batch size, against the card's limit",
         f"The card lets a block have {limit} bytes. The tuned kernels need at most "
-        f"{max((size for *_, sizes in series[2:] for size in sizes if size is not None), default=0)}. "
+        f"{max((size for *_, sizes in tuned for size in sizes if size is not None), default=0)}. "
         + (f"SGLang's own need more than there is at M = {', '.join(map(str, over))}." if over else ""),
         height=3.1,
     )
 
     def paint(canvas: Any) -> None:
         axes = canvas.subplots()
-        for (label, colour, marker, sizes), shift in zip(series, (-0.21, -0.07, 0.07, 0.21), strict=True):
+        for (label, colour, marker, sizes), shift in zip(series, shifts, strict=True):
             places = [place for place, size in enumerate(sizes) if size is not None]
             if places:
                 values = [(sizes[place] or 0) / 1024 for place in places]
@@ -206,7 +216,7 @@ def roofs(summary: Summary) -> Figure | None:
         return None
     frame = Frame(
         "plot-roofs",
-        "Share of the card's limits that both kernels reach",
+        f"Share of the card's limits that the {summary.artefact.family.kernels} reach",
         f"The tuned kernels reach {summary.reached}. Dashed lines are SGLang's own configuration.",
         height=3.1,
     )

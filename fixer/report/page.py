@@ -36,7 +36,12 @@ def render(summary: Summary, font_cache: Path) -> str:
         font_cache: where matplotlib may keep what it knows of fonts.
     """
     artefact, evidence = summary.artefact, summary.evidence
-    course = course_of(evidence.looks, [row.batch for row in artefact.rows]) if evidence.looks else None
+    family = artefact.family
+    course = (
+        course_of(evidence.looks, [row.batch for row in artefact.rows], artefact.family.products)
+        if evidence.looks
+        else None
+    )
     missing = {part.name: evidence.missing.get(part, "") for part in Part}
     if course is None and not missing["SEARCH"]:
         missing["SEARCH"] = "The journal does not have every row of this tuning, so its search is not shown."
@@ -45,7 +50,7 @@ def render(summary: Summary, font_cache: Path) -> str:
         gains = figures.gains(summary)
         drawn = {
             "gains": gains,
-            "times": [one for quantity in figures.QUANTITIES if (one := figures.times(summary, quantity))],
+            "times": [one for quantity in figures.quantities(family) if (one := figures.times(summary, quantity))],
             "shared": figures.shared_memory(summary),
             "roofs": figures.roofs(summary),
             "search": figures.search(course) if course else None,
@@ -57,6 +62,7 @@ def render(summary: Summary, font_cache: Path) -> str:
         .render(
             summary=summary,
             artefact=artefact,
+            family=family,
             environment=artefact.environment,
             figures=drawn,
             course=course,
@@ -66,7 +72,7 @@ def render(summary: Summary, font_cache: Path) -> str:
             tiles=_tiles(summary),
             facts=_facts(summary),
             sections=_sections(benches),
-            peak_compute=summary.peak.compute(artefact.workload.number_format) if summary.peak else None,
+            peak_compute=summary.peak.compute(family.number_format(artefact.workload)) if summary.peak else None,
             headline=headline,
             cautions=cautions,
             side=Side,
@@ -158,13 +164,7 @@ def _sections(benches: Sequence[BenchResult]) -> list[tuple[str, str]]:
 def _facts(summary: Summary) -> list[tuple[str, str, bool]]:
     """The environment's table: name, value, whether a change makes the measurement void."""
     artefact = summary.artefact
-    environment, workload = artefact.environment, artefact.workload
-    details = [
-        f"block scales {workload.block_shape[0]} by {workload.block_shape[1]}" if workload.block_shape else "",
-        "a scale per output channel" if workload.per_channel_quant else "",
-        f"groups of {workload.group_size}" if workload.group_size else "",
-    ]
-    number_format = ", ".join(filter(None, (workload.number_format.value, workload.activation_dtype, *details)))
+    environment = artefact.environment
     return [
         ("Card", environment.card, True),
         ("Compute capability", "{}.{}".format(*environment.capability), True),
@@ -176,11 +176,6 @@ def _facts(summary: Summary) -> list[tuple[str, str, bool]]:
         ("moefix", environment.moefix, False),
         ("Model", summary.model, False),
         ("Revision", artefact.revision or "\N{EN DASH}", False),
-        ("Experts, E", str(workload.experts), True),
-        ("Intermediate size, N", str(workload.intermediate), True),
-        ("Hidden size", str(workload.hidden_size), True),
-        ("Experts a token", str(workload.top_k), True),
-        ("Number format", number_format, True),
-        ("Tensor, expert parallel", f"{workload.tp_size}, {workload.ep_size}", True),
+        *((name, value, True) for name, value in artefact.family.facts(artefact.workload)),
         ("Tuned", f"{when(artefact.created)}, in {artefact.seconds:.1f} s", False),
     ]

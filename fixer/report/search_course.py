@@ -12,7 +12,7 @@ from fixer.tuning.search.trials import Outcome
 from fixer.workload import Projection
 
 Best = dict[int, dict[Projection, float]]
-"""By BLOCK_SIZE_M, which both projections share: each projection's least time in microseconds."""
+"""By BLOCK_SIZE_M, which all products share: each product's least time in microseconds."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Course:
     usable: int
 
 
-def course_of(looks: Sequence[Look], rows: Iterable[int]) -> Course | None:
-    """The course of a search over these rows; None where some row never had both projections timed."""
+def course_of(looks: Sequence[Look], rows: Iterable[int], products: Sequence[Projection]) -> Course | None:
+    """The course of a search over these rows; None where some row never had all products timed."""
     best: dict[int, Best] = {tokens: defaultdict(dict) for tokens in rows}
     totals: list[tuple[int, tuple[float, ...]]] = []
     for count, look in enumerate(looks, start=1):
@@ -40,7 +40,7 @@ def course_of(looks: Sequence[Look], rows: Iterable[int]) -> Course | None:
                 of_height = best[timing.tokens][kernel.tile.block_m]
                 known = of_height.get(kernel.projection, timing.microseconds)
                 of_height[kernel.projection] = min(known, timing.microseconds)
-        sums = tuple(_least_pair(one) for one in best.values())
+        sums = tuple(_least(one, len(products)) for one in best.values())
         if None not in sums:
             totals.append((count, tuple(value for value in sums if value is not None)))
     if not totals or not best:
@@ -54,6 +54,6 @@ def course_of(looks: Sequence[Look], rows: Iterable[int]) -> Course | None:
     return Course(tuple(count for count, _ in totals), above, len(looks), usable)
 
 
-def _least_pair(best: Best) -> float | None:
-    pairs = [sum(times.values()) for times in best.values() if len(times) == len(Projection)]
-    return min(pairs, default=None)
+def _least(best: Best, products: int) -> float | None:
+    whole = [sum(times.values()) for times in best.values() if len(times) == products]
+    return min(whole, default=None)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from fixer.artefacts.artefact import Artefact, Decision, RowChoice
+from fixer.artefacts.artefact import Artefact, Decision, RowChoice, Times
 from fixer.artefacts.gains import compared_times, geometric_gain
 from fixer.bench.results import Kind, short_name
 from fixer.bench.words import headline as bench_headline
 from fixer.machine.cards import known_cards
 from fixer.report.evidence import Evidence
-from fixer.report.roofline import Peak, Share, layer_work, peak_of, share_of
+from fixer.report.roofline import Peak, Share, peak_of, share_of
 from fixer.tuning.duel import CONFIDENCE, LEAST_GAIN
-from fixer.workload import TilePair
+from fixer.workload import RowTiles
 
 
 class Worth(Enum):
@@ -46,14 +46,14 @@ class Row:
     Attributes:
         batch: M, in tokens.
         fate, words: what became of it.
-        own_us, tuned_us: microseconds of a forward through the layer, or of both kernels where `through_layer` is
+        own_us, tuned_us: microseconds of a forward through the layer, or of all kernels where `through_layer` is
             False; None where one of the two was not timed.
         less: the fraction of time that is saved: 0.072 is 7.2 % less; None where there is nothing to compare.
         margin: what `less` had to clear, as a fraction; None where SGLang's own was the winner or was not timed.
         choice: the artefact's row.
         own: SGLang's own tiles, None where not known.
-        shared, own_shared: bytes of both kernels, each None where not known.
-        share, own_share: how near both kernels together come to the card's limits; None where not known.
+        shared, own_shared: bytes of each product's kernel, each None where not known.
+        share, own_share: how near all kernels together come to the card's limits; None where not known.
     """
 
     batch: int
@@ -65,9 +65,9 @@ class Row:
     less: float | None
     margin: float | None
     choice: RowChoice
-    own: TilePair | None
-    shared: tuple[int | None, int | None]
-    own_shared: tuple[int | None, int | None]
+    own: RowTiles | None
+    shared: tuple[int | None, ...]
+    own_shared: tuple[int | None, ...]
     share: Share | None
     own_share: Share | None
 
@@ -80,9 +80,9 @@ class Row:
         return f"{100 * (self.less - reach):.1f} to {percent(self.less + reach)}"
 
     @property
-    def pair(self) -> TilePair:
+    def pair(self) -> RowTiles:
         """The chosen tiles."""
-        return TilePair(self.choice.gate_up, self.choice.down)
+        return self.choice.tiles
 
 
 @dataclass(frozen=True)
@@ -187,18 +187,18 @@ def _row(choice: RowChoice, evidence: Evidence, peak: Peak | None) -> Row:
     compared = compared_times(choice)
     own_us, tuned_us = compared or (None, None)
     own = evidence.own_pair(choice.batch)
-    shared = evidence.bytes_of(TilePair(choice.gate_up, choice.down))
-    own_shared = evidence.bytes_of(own) if own else (None, None)
+    shared, own_shared = evidence.bytes_of(choice.tiles), evidence.bytes_of(own)
     fate = _fate(choice, measured=artefact.measured)
     less = 1 - tuned_us / own_us if own_us is not None and tuned_us is not None else None
     margin = None if choice.noise is None else max(LEAST_GAIN, CONFIDENCE * choice.noise)
-    up, down, own_up, own_down = choice.times
+    family = artefact.family
 
-    def share(first: float | None, second: float | None) -> Share | None:
-        if peak is None or first is None or second is None:
+    def share(times: Times) -> Share | None:
+        known = [time for time in times if time is not None]
+        work = family.work(artefact.workload, choice.batch)
+        if peak is None or work is None or len(known) < len(times):
             return None
-        work = layer_work(artefact.workload, choice.batch)
-        return share_of(work, first + second, peak, artefact.workload.number_format)
+        return share_of(work, sum(known), peak, family.number_format(artefact.workload))
 
     return Row(
         batch=choice.batch,
@@ -213,8 +213,8 @@ def _row(choice: RowChoice, evidence: Evidence, peak: Peak | None) -> Row:
         own=own,
         shared=shared,
         own_shared=own_shared,
-        share=share(up, down),
-        own_share=share(own_up, own_down),
+        share=share(choice.us),
+        own_share=share(choice.sglang_us),
     )
 
 
@@ -227,13 +227,11 @@ def _fate(choice: RowChoice, *, measured: bool) -> Fate:
     if not measured:
         return Fate.UNMEASURED
     # A row whose own tiles could not run has its winner's times; one that could not be judged has none.
-    timed = choice.gate_up_us is not None or choice.layer_us is not None
+    timed = any(time is not None for time in (*choice.us, choice.layer_us))
     return Fate.CURED if timed else Fate.UNJUDGED
 
 
-def _words(
-    fate: Fate, less: float | None, margin: float | None, own_shared: tuple[int | None, int | None], limit: int
-) -> str:
+def _words(fate: Fate, less: float | None, margin: float | None, own_shared: tuple[int | None, ...], limit: int) -> str:
     match fate:
         case Fate.FASTER:
             return "faster" if less is None else f"{percent(less)} less time"
@@ -257,7 +255,8 @@ def _headline(artefact: Artefact, rows: tuple[Row, ...], less: float | None) -> 
         return Worth.NOT_MEASURED, "Not measured: chosen because it fits this card"
     fates = {row.fate for row in rows}
     layer = all(None not in row.choice.layer_times for row in rows if row.less is not None)
-    saved = f"{percent(less or 0.0)} less time in {'the MoE layer' if layer else 'the MoE kernels'} on average"
+    family = artefact.family
+    saved = f"{percent(less or 0.0)} less time in the {family.layer if layer else family.kernels} on average"
     if Fate.FASTER in fates and less is not None and less >= LEAST_GAIN:
         if Fate.CURED in fates:
             return Worth.CURED, f"The crash is fixed, and the other rows take {saved}"

@@ -49,8 +49,7 @@ def _heading(summary: Summary) -> list[tuple[str, str]]:
         ("SGLang", f"{environment.sglang} with Triton {environment.triton}"),
         *((("reached", summary.reached),) if summary.reached else ()),
         ("tuned", f"{when(artefact.created)}, in {artefact.seconds:.1f} s"),
-        ("file", artefact.gate_up_file),
-        *((("file", artefact.down_file),) if artefact.down_file else ()),
+        *(("file", name) for name in artefact.files if name),
         *(("bench", headline(result)) for result in benches),
     ]
 
@@ -79,6 +78,6 @@ def _or_dash(value: float | None, shown: Callable[[float], str]) -> str:
     return "-" if value is None else shown(value)
 
 
-def _bytes(shared: tuple[int | None, int | None]) -> str:
-    up, down = ("-" if size is None else str(size) for size in shared)
-    return up if up == down else f"{up} / {down}"
+def _bytes(shared: tuple[int | None, ...]) -> str:
+    sizes = ["-" if size is None else str(size) for size in shared]
+    return sizes[0] if len(set(sizes)) == 1 else " / ".join(sizes)

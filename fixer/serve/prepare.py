@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fixer.artefacts.artefact import Artefact
-from fixer.artefacts.install import Installation, Pair, install_pair
+from fixer.artefacts.install import Installation, TunedFiles, install_files
 from fixer.base.data_folder import scratch_in
+from fixer.families.registry import family_of
 from fixer.serve.find_or_tune import artefact_for, foreseen
 from fixer.serve.run import Run
 from fixer.serve.situation import OnCard, Situation
-from fixer.sglang.own_choices import own_choices
 
 if TYPE_CHECKING:
     from fixer.kernel.fit import CompileFunction
@@ -46,7 +46,7 @@ def prepare(run: Run, situation: Situation) -> list[Installation]:
 
 def install(run: Run, situation: Situation, artefact: Artefact) -> Installation:
     """Put an artefact's files where SGLang looks."""
-    installation = put(run, situation.tree, Pair.of(artefact))
+    installation = put(run, situation.tree, TunedFiles.of(artefact))
     run.say.line(f"installed {installation}")
     return installation
 
@@ -82,7 +82,7 @@ def fitting_instead(run: Run, situation: Situation, on: OnCard) -> list[Installa
         return []
 
 
-def safe_pair(situation: Situation, on: OnCard, compiler: CompileFunction, *, fits: bool) -> Pair | None:
+def safe_pair(situation: Situation, on: OnCard, compiler: CompileFunction, *, fits: bool) -> TunedFiles | None:
     """Files that the card can run; None where nothing is known to fit.
 
     Args:
@@ -93,34 +93,27 @@ def safe_pair(situation: Situation, on: OnCard, compiler: CompileFunction, *, fi
     tree = situation.tree
     if not fits:
         return fitting_pair(make_plan(situation.model, situation.flags, on.card, tree, compiler))
-    lookup = tree.lookup(on.workload, on.card)
-    choose = own_choices(tree, lookup, on.workload, on.card)
-    own = {tokens: choose(tokens) for tokens in situation.rows(on)}
-    return Pair(
-        lookup.gate_up,
-        lookup.down,
-        {tokens: replace(choice.gate_up, use_tma=False) for tokens, choice in own.items()},
-        {tokens: choice.down for tokens, choice in own.items()},
-    )
+    family = family_of(on.workload)
+    lookup = family.lookup(tree, on.workload, on.card)
+    choose = family.own_choices(tree, lookup, on.workload, on.card)
+    own = {tokens: family.writable(choose(tokens).tiles) for tokens in situation.rows(on)}
+    return TunedFiles.from_rows(family, lookup.names, own, tree.version)
 
 
-def fitting_pair(plan: Plan) -> Pair | None:
-    """The plan's proposed pair of files; None where a row has no proposal."""
-    if plan.lookup is None or any(row.proposed is None for row in plan.rows):
+def fitting_pair(plan: Plan) -> TunedFiles | None:
+    """The plan's proposed files; None where a row has no proposal."""
+    workload = plan.decision.workload
+    if plan.lookup is None or workload is None or any(row.proposed is None for row in plan.rows):
         return None
     proposed = {row.tokens: row.proposed for row in plan.rows if row.proposed is not None}
-    return Pair(
-        plan.lookup.gate_up,
-        plan.lookup.down,
-        {tokens: pair.gate_up for tokens, pair in proposed.items()},
-        {tokens: pair.down for tokens, pair in proposed.items()},
-    )
+    return TunedFiles.from_rows(family_of(workload), plan.lookup.names, proposed, plan.sglang_version)
 
 
-def put(run: Run, tree: Tree, pair: Pair) -> Installation:
+def put(run: Run, tree: Tree, files: TunedFiles) -> Installation:
     """Put files where a tree looks, and say what became of those that were there."""
-    overlay = tree.reads_config_dir_variable
-    installation = install_pair(tree.triton_folder, pair, run.home, tree.version, overlay=overlay)
+    family = files.family
+    overlay = family.reads_overlay(tree)
+    installation = install_files(family.folder(tree), files, run.home, tree.version, overlay=overlay)
     for note in installation.notes:
         run.say.line(note)
     return installation

@@ -71,7 +71,7 @@ def become(
     if "fixer.kernel.pool" in sys.modules:
         sys.modules["fixer.kernel.pool"].end_helpers()
     environment = {name: value for installation in installations for name, value in installation.env}
-    files = dict.fromkeys(path.name for each in installations for path in (each.gate_up_path, each.down_path))
+    files = dict.fromkeys(path.name for each in installations for path in each.paths)
     board.update(phase=Phase.SERVING, detail="SGLang is starting", files=tuple(files), url=server_url(situation.flags))
     environment.update([run_variable(board.status.run, board.status.url)])
     relay = relay_settings(situation, installations, run.home, board.path, quiet=run.options.quiet)

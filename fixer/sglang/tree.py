@@ -64,17 +64,40 @@ class Lookup:
 
     Attributes:
         folder: the running Triton's folder below SGLang's package or SGLANG_MOE_CONFIG_DIR ("configs/triton_3_6_0").
-        gate_up, down: the file names, to the letter; `down` is "" for releases that read no separate file.
-        found: where the gate-up file was found.
-        gate_up_path, down_path: the files that SGLang would read, None where it finds none.
+        names: a file name for each product, to the letter; "" for one that has no file of its own in this release.
+        found: where the first file was found.
+        paths: the files that SGLang would read, None where it finds none.
     """
 
     folder: str
-    gate_up: str
-    down: str
+    names: tuple[str, ...]
     found: Found
-    gate_up_path: Path | None
-    down_path: Path | None
+    paths: tuple[Path | None, ...]
+
+    @property
+    def without_files(self) -> Lookup:
+        """The same names, and nothing found."""
+        return replace(self, paths=(None,) * len(self.paths))
+
+    @property
+    def gate_up(self) -> str:
+        """The gate-up file's name (an MoE layer only)."""
+        return self.names[0]
+
+    @property
+    def down(self) -> str:
+        """The down file's name, "" where there is none of its own (an MoE layer only)."""
+        return self.names[1]
+
+    @property
+    def gate_up_path(self) -> Path | None:
+        """The gate-up file (an MoE layer only)."""
+        return self.paths[0]
+
+    @property
+    def down_path(self) -> Path | None:
+        """The down file (an MoE layer only)."""
+        return self.paths[1]
 
 
 @dataclass(frozen=True)
@@ -259,11 +282,9 @@ class Tree:
             found = Found.SHIPPED if up_path.parent == folder else Found.OTHER_TRITON
         return Lookup(
             folder.relative_to(_up_to_configs(folder).parent).as_posix(),
-            asking.gate_up,
-            asking.down,
+            (asking.gate_up, asking.down),
             found,
-            up_path,
-            asking.opened(asking.down),
+            (up_path, asking.opened(asking.down)),
         )
 
     def deterministic_tile(self, workload: Workload, card: Card) -> Tile:

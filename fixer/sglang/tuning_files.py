@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fixer.base.json_reading import parse_json
-from fixer.workload import Tile, check_tile
+from fixer.workload import MOE_AXES, Axis, Tile, check_tile
 
 
 def read_rows(path: Path) -> dict[int, Tile]:
@@ -38,31 +38,24 @@ def nearest_row(rows: Mapping[int, Tile], tokens: int) -> Tile:
 MOST_ROWS = 1024
 
 
-def render_table(table: Mapping[int, Tile]) -> bytes:
+def render_table(table: Mapping[int, Tile], axes: Sequence[Axis] = MOE_AXES) -> bytes:
     """The file's content, to the byte as SGLang's tuner writes it: M ascending as text, four blanks of indent."""
-    rows = {str(batch): table[batch].to_json() for batch in sorted(table)}
+    rows = {str(batch): table[batch].to_json(axes) for batch in sorted(table)}
     return (json.dumps(rows, indent=4) + "\n").encode()
 
 
-_ROW_PARTS = {
-    "BLOCK_SIZE_M",
-    "BLOCK_SIZE_N",
-    "BLOCK_SIZE_K",
-    "GROUP_SIZE_M",
-    "num_warps",
-    "num_stages",
-    "num_ctas",
-    "USE_TMA",
-}
-"""All that a row may hold. Triton refuses to launch with an option that it does not know, which stops the server."""
+_OPTIONS = {"num_ctas", "USE_TMA"}
+"""All that a row may hold besides its axes. Triton refuses to launch with an option that it does not know, which stops
+the server."""
 
 
-def parse_table(content: bytes, tma: bool = True) -> Mapping[int, Tile]:
+def parse_table(content: bytes, tma: bool = True, axes: Sequence[Axis] = MOE_AXES) -> Mapping[int, Tile]:
     """The tiles of a tuning file's content, by M.
 
     Args:
         content: the file, which may be damaged or hostile.
         tma: whether USE_TMA may be true, as in a down projection's file.
+        axes: of the kernel family that reads the file.
 
     Raises:
         ValueError: it is not a tuning file that SGLang could serve with; the text says why.
@@ -70,7 +63,7 @@ def parse_table(content: bytes, tma: bool = True) -> Mapping[int, Tile]:
     rows = parse_json(content)
     if not isinstance(rows, dict) or not 1 <= len(rows) <= MOST_ROWS:
         raise ValueError(f"it is not an object of 1 to {MOST_ROWS} rows")
-    table = {_batch(key): _tile(key, row, tma) for key, row in rows.items()}
+    table = {_batch(key): _tile(key, row, tma, axes) for key, row in rows.items()}
     if len(table) != len(rows):
         raise ValueError("a batch size comes twice")
     return table
@@ -82,15 +75,15 @@ def _batch(key: str) -> int:
     return int(key)
 
 
-def _tile(key: str, row: object, tma: bool) -> Tile:
+def _tile(key: str, row: object, tma: bool, axes: Sequence[Axis]) -> Tile:
     if not isinstance(row, dict):
         raise ValueError(f"row {key} is not an object")
-    strange = sorted(set(row) - _ROW_PARTS)
+    strange = sorted(set(row) - _OPTIONS - {axis.key for axis in axes})
     if strange:
         raise ValueError(f"row {key} has an unknown part {strange[0][:40]!r}")
     if row.get("num_ctas", 1) != 1:
         raise ValueError(f"row {key} asks for thread block clusters")
-    tile = check_tile(Tile.from_json(row))
+    tile = check_tile(Tile.from_json(row, axes), axes)
     if tile.use_tma and not tma:
-        raise ValueError(f"row {key} has USE_TMA, which is for the down projection only")
+        raise ValueError(f"row {key} has USE_TMA, which this file may not have")
     return tile

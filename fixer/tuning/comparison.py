@@ -21,7 +21,7 @@ from pathlib import Path
 from fixer.base.errors import MoefixError
 from fixer.machine.worker import ChildProcess, Fate, Handler
 from fixer.tuning.duel import Duel, DuelRequest, PairError
-from fixer.workload import NumberFormat, Tile, TilePair, Workload
+from fixer.workload import NumberFormat, RowTiles, Tile, Workload
 
 COMPARISON_SECONDS = 60.0
 """How long a row may take; the first one may still build SGLang's own CUDA kernels."""
@@ -102,7 +102,7 @@ class Settled:
     """
 
     duel: Duel | None = None
-    faults: Mapping[TilePair, str] = field(default_factory=dict)
+    faults: Mapping[RowTiles, str] = field(default_factory=dict)
 
 
 class LayerComparisons:
@@ -145,7 +145,7 @@ class LayerComparisons:
         is_only_one = request.own is None or request.own in faults
         return Settled(tuned if is_only_one and isinstance(tuned, Duel) else None, faults)
 
-    def _alone(self, request: DuelRequest, pair: TilePair) -> Duel | str:
+    def _alone(self, request: DuelRequest, pair: RowTiles) -> Duel | str:
         """One pair by itself: its times, or its error where it fails twice."""
         error = ""
         for _ in range(TRIES):
@@ -155,7 +155,7 @@ class LayerComparisons:
             error = answer.message
         return error
 
-    def _report(self, request: DuelRequest, faults: Mapping[TilePair, str], last: str) -> None:
+    def _report(self, request: DuelRequest, faults: Mapping[RowTiles, str], last: str) -> None:
         where = f"M={request.tokens}: SGLang's own layer failed"
         again = "" if self._question is None else f"; to see it again: {self._question.command(request)}"
         if not faults:
@@ -165,7 +165,7 @@ class LayerComparisons:
         else:
             for pair, error in faults.items():
                 whose = "SGLang's own configuration" if pair == request.own else "a tuned one"
-                self._note(f"{where} twice with {whose}, {pair.gate_up} / {pair.down} ({error}){again}")
+                self._note(f"{where} twice with {whose}, {pair} ({error}){again}")
 
     def _ask(self, request: DuelRequest) -> Duel | PairError:
         """One try; after a failure the next one has a process of its own."""
@@ -201,7 +201,7 @@ def main(argv: list[str]) -> int:
     question = Question(
         Path(content["package"]), Workload(**layer), content["device"], content["most_tokens"], Path(content["cache"])
     )
-    pairs = [TilePair(*map(Tile.from_json, pair)) for pair in content["pairs"]]
+    pairs = [RowTiles(*map(Tile.from_json, pair)) for pair in content["pairs"]]
     request = DuelRequest(content["tokens"], pairs[0] if len(pairs) > 1 else None, pairs[-1])
     child = question.start()
     try:
@@ -215,7 +215,7 @@ def main(argv: list[str]) -> int:
         print(f"the measuring process {answer.value}")
         return 1
     for pair, times in zip(request.pairs, [answer.own, answer.tuned] if answer.own else [answer.tuned], strict=True):
-        print(f"M={request.tokens} {pair.gate_up} / {pair.down}: {sorted(times)[len(times) // 2]:.1f} us")
+        print(f"M={request.tokens} {pair}: {sorted(times)[len(times) // 2]:.1f} us")
     return 0
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from fixer.base.errors import TuneError
-from fixer.workload import Kernel, TilePair
+from fixer.workload import Kernel, RowTiles
 
 LEAST_GAIN = 0.003
 """A gain below this fraction is not worth leaving SGLang's own configuration for (run-to-run spread: 0.1-0.3 %)."""
@@ -27,11 +27,11 @@ class DuelRequest:
     """Time two pairs in turn for one row; `own` is None where SGLang's own cannot run."""
 
     tokens: int
-    own: TilePair | None
-    tuned: TilePair
+    own: RowTiles | None
+    tuned: RowTiles
 
     @property
-    def pairs(self) -> tuple[TilePair, ...]:
+    def pairs(self) -> tuple[RowTiles, ...]:
         """Both sides, SGLang's own first; one where there is no other."""
         return (self.tuned,) if self.own is None else (self.own, self.tuned)
 
@@ -44,11 +44,11 @@ class PairError(TuneError):
         message: the error.
     """
 
-    def __init__(self, pair: TilePair | None, message: str) -> None:
+    def __init__(self, pair: RowTiles | None, message: str) -> None:
         super().__init__(message)
         self.pair = pair
 
-    def __reduce__(self) -> tuple[type[PairError], tuple[TilePair | None, str]]:
+    def __reduce__(self) -> tuple[type[PairError], tuple[RowTiles | None, str]]:
         return PairError, (self.pair, self.message)  # it comes through a pipe
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from fixer.artefacts.artefact import Artefact, Environment
 from fixer.artefacts.environment import environment_of
 from fixer.base.data_folder import DataFolder
+from fixer.families.family import Family
+from fixer.families.registry import family_of
 from fixer.kernel.compile import Target
 from fixer.kernel.source import read_kernel_source
 from fixer.machine.cards import Card
@@ -48,6 +50,11 @@ class Job:
     layer_package: Path | None = None
 
     @property
+    def family(self) -> Family:
+        """The workload's kernel family."""
+        return family_of(self.workload)
+
+    @property
     def card(self) -> Card:
         """The kind of card."""
         return self.cards[0]
@@ -56,13 +63,16 @@ class Job:
     def target(self) -> Target:
         """What to compile for."""
         return Target(
-            read_kernel_source(self.tree.kernel_source), self.card.arch, DataFolder(self.home).kernels, self.card.name
+            read_kernel_source(self.family.kernel_source(self.tree), self.family.kernel_names),
+            self.card.arch,
+            DataFolder(self.home).kernels,
+            self.card.name,
         )
 
     @cached_property
     def environment(self) -> Environment:
         """What the measurements will depend on."""
-        return environment_of(self.tree, self.card)
+        return environment_of(self.tree, self.card, self.family)
 
 
 @dataclass

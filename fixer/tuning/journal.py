@@ -13,9 +13,11 @@ from pathlib import Path
 from fixer.artefacts.artefact import Environment
 from fixer.base.errors import StoreError
 from fixer.base.files import make_folder, set_aside, take_owner_of, utc_now
+from fixer.families.family import Family
+from fixer.families.registry import UNNAMED, family_of
 from fixer.tuning.search.runner import Look, More, Request, Runner
 from fixer.tuning.search.trials import Build, Outcome, Timing
-from fixer.workload import Kernel, Projection, Tile, Workload, check_tile
+from fixer.workload import AnyWorkload, Kernel, Projection, Tile
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS runs (run TEXT PRIMARY KEY, environment TEXT NOT NULL, workload TEXT NOT NULL,
@@ -41,12 +43,19 @@ class RunKey:
     """What a trial's validity depends on; trials of another key are never seen."""
 
     environment: Environment
-    workload: Workload
+    workload: AnyWorkload
+
+    @property
+    def family(self) -> Family:
+        """The kernel family."""
+        return family_of(self.workload)
 
     @property
     def digest(self) -> str:
         """A name for the key in the journal."""
-        parts = repr((self.environment.counting_parts(), sorted(asdict(self.workload).items(), key=str)))
+        # The first family is left out: what earlier versions wrote, which had one only, is still found.
+        named = () if self.family is UNNAMED else (self.family.name,)
+        parts = repr((self.environment.counting_parts(), sorted(asdict(self.workload).items(), key=str), *named))
         return sha256(parts.encode()).hexdigest()[:24]
 
 
@@ -97,7 +106,12 @@ class Journal:
             with database:
                 database.execute(
                     "INSERT OR IGNORE INTO runs VALUES (?, ?, ?, ?)",
-                    (self._run, repr(self._key.environment), repr(self._key.workload), utc_now()),
+                    (
+                        self._run,
+                        repr(self._key.environment),
+                        f"{self._key.family.name}: {self._key.workload!r}",
+                        utc_now(),
+                    ),
                 )
         except BaseException:
             database.close()
@@ -124,14 +138,20 @@ class Journal:
         )
         try:
             for projection, tile, outcome, *numbers in builds:
-                check_tile(_kernel(projection, tile).tile)
+                self._check_kernel(_kernel(projection, tile))
                 Outcome(outcome)
                 _check(all(0 <= number <= _LARGEST for number in numbers))
             for projection, tile, tokens, replays, *times in timings:
-                check_tile(_kernel(projection, tile).tile)
+                self._check_kernel(_kernel(projection, tile))
                 _check(0 < tokens <= _LARGEST and 0 < replays <= _LARGEST and all(0 < t <= _LARGEST for t in times))
         except (ValueError, TypeError, sqlite3.OperationalError) as error:
             raise sqlite3.DatabaseError(f"malformed: a row of it makes no sense ({error})") from error
+
+    def _check_kernel(self, kernel: Kernel) -> None:
+        """Refuse what is no kernel of the key's family."""
+        if kernel.projection not in self._key.family.products:
+            raise ValueError(f"{self._key.family.name} has no product {kernel.projection.value}")
+        self._key.family.check_tile(kernel.tile)
 
     def _unusable(self, error: Exception) -> StoreError:
         return StoreError(

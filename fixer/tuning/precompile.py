@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fixer.kernel.arguments import Product, padded_tokens
+from fixer.families.fused_moe.arguments import Product, padded_tokens
 from fixer.kernel.compile import Candidate
-from fixer.workload import BOTH, Projection, Tile, TilePair, Workload
+from fixer.workload import BOTH, Projection, RowTiles, Tile, Workload
 
 
-def server_candidates(workload: Workload, rows: Mapping[int, TilePair], most_tokens: int) -> list[Candidate]:
+def server_candidates(workload: Workload, rows: Mapping[int, RowTiles], most_tokens: int) -> list[Candidate]:
     """Every (kernel, specialisation) that a server can launch with these rows, for M from 1 to `most_tokens`."""
     wanted: dict[tuple[object, ...], Candidate] = {}
     for tokens in range(1, most_tokens + 1):

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Protocol
 
-from fixer.artefacts.artefact import Decision, RowChoice
+from fixer.artefacts.artefact import Decision, RowChoice, Times
 from fixer.base.errors import TuneError
 from fixer.tuning.comparison import LayerComparisons
 from fixer.tuning.duel import LEAST_GAIN, Duel, DuelRequest, KernelDuel, Via
 from fixer.tuning.search.search import Pair, Search
-from fixer.workload import Kernel, Projection, TilePair
+from fixer.workload import Kernel, RowTiles
 
 MOST_ALTERNATIVES = 3
 """How many pairs of a row are tried, one after the other's failure."""
@@ -39,7 +39,7 @@ class Finals:
 
     def __init__(
         self,
-        own: Mapping[int, TilePair],
+        own: Mapping[int, RowTiles],
         search: Search,
         kernels: KernelComparisons,
         layer: LayerComparisons | None,
@@ -67,7 +67,7 @@ class Finals:
                 kernels = self._kernel_duel(request)
                 if kernels is not None:
                     return row_choice(request, own, kernels.duel, kernels.medians)
-                self._note(f"M={tokens}: the finals could not time {tuned.gate_up} / {tuned.down}")
+                self._note(f"M={tokens}: the finals could not time {tuned}")
                 continue
             assert self._layer is not None
             settled = self._layer.settle(request)
@@ -82,7 +82,7 @@ class Finals:
         if not own_runs and not self._has_layer:
             raise TuneError(f"The finals could not time M={tokens}.", "Run `moefix tune` again: it goes on from here.")
         self._note(f"M={tokens}: SGLang's own configuration stays: nothing could be compared with it")
-        return RowChoice(tokens, own.gate_up, own.down, Decision.FITTING_ONLY)
+        return RowChoice(tokens, own, Decision.FITTING_ONLY)
 
     @property
     def _has_layer(self) -> bool:
@@ -93,8 +93,8 @@ class Finals:
         return self._kernels.duel(replace(request, own=own))
 
     def _against_descriptors(
-        self, request: DuelRequest, own: TilePair, duel: Duel
-    ) -> tuple[DuelRequest, TilePair, Duel]:
+        self, request: DuelRequest, own: RowTiles, duel: Duel
+    ) -> tuple[DuelRequest, RowTiles, Duel]:
         """The comparison with the best pair that loads through tensor descriptors in the winner's place, if it wins.
 
         A kernel that is faster by itself may cost the layer more: rows are then padded and sorted in between.
@@ -116,12 +116,12 @@ class Finals:
         return DuelRequest(request.tokens, own if owns_times else None, rival), own, both
 
 
-def alternatives(search: Search, tokens: int) -> list[TilePair]:
+def alternatives(search: Search, tokens: int) -> list[RowTiles]:
     """The best plain pair of each BLOCK_SIZE_M, the fastest first."""
     return [_tiles(pair) for pair in search.best_pairs(tokens, plain=True)]
 
 
-def described_pair(search: Search, tokens: int) -> TilePair | None:
+def described_pair(search: Search, tokens: int) -> RowTiles | None:
     """The best pair that loads through tensor descriptors; None where it is not faster than the best plain one."""
     pairs, plain = search.best_pairs(tokens), search.best_pairs(tokens, plain=True)
     if not pairs or not plain or pairs[0].microseconds * (1 + LEAST_GAIN) >= plain[0].microseconds:
@@ -129,11 +129,11 @@ def described_pair(search: Search, tokens: int) -> TilePair | None:
     return _tiles(pairs[0])
 
 
-def _tiles(pair: Pair) -> TilePair:
-    return TilePair(pair.tiles[Projection.GATE_UP], pair.tiles[Projection.DOWN])
+def _tiles(pair: Pair) -> RowTiles:
+    return pair.row
 
 
-def row_choice(request: DuelRequest, sglang_own: TilePair, duel: Duel, medians: Mapping[Kernel, float]) -> RowChoice:
+def row_choice(request: DuelRequest, sglang_own: RowTiles, duel: Duel, medians: Mapping[Kernel, float]) -> RowChoice:
     """A row's verdict from its comparison.
 
     Args:
@@ -148,17 +148,17 @@ def row_choice(request: DuelRequest, sglang_own: TilePair, duel: Duel, medians: 
     keeps = same or unjudged or (request.own is not None and not duel.is_won)
     pair = sglang_own if keeps else request.tuned
 
-    def median_of(pair: TilePair, projection: int) -> float | None:
-        return medians.get(pair.kernels[projection])
+    def medians_of(pair: RowTiles) -> Times:
+        return tuple(medians.get(kernel) for kernel in pair.kernels)
 
     layer_us = statistics.median(layer.tuned) if layer else None
     own_layer_us = statistics.median(layer.own) if layer and layer.own else (layer_us if same else None)
-    times = (median_of(pair, 0), median_of(pair, 1), median_of(sglang_own, 0), median_of(sglang_own, 1))
+    us, sglang_us = medians_of(pair), medians_of(sglang_own)
     layer_times = (own_layer_us if keeps else layer_us, own_layer_us)
     decision = Decision.KEPT_SGLANG if keeps else Decision.TUNED
-    if None in times and None in layer_times:
+    if None in us + sglang_us and None in layer_times:
         decision = Decision.FITTING_ONLY
     if request.own is None and not same:  # SGLang's own does not run, whatever its kernels took by themselves
-        decision, times, layer_times = Decision.FITTING_ONLY, (*times[:2], None, None), (layer_times[0], None)
+        decision, sglang_us, layer_times = Decision.FITTING_ONLY, (), (layer_times[0], None)
     noise = duel.noise if duel.own and duel.noise < 1000 else None
-    return RowChoice(request.tokens, pair.gate_up, pair.down, decision, *times, noise, *layer_times)
+    return RowChoice(request.tokens, pair, decision, us, sglang_us, noise, *layer_times)

@@ -16,13 +16,12 @@ from fixer.base.data_folder import DataFolder
 from fixer.base.errors import TuneError
 from fixer.base.files import safe_name, utc_now
 from fixer.base.progress import Progress
-from fixer.kernel.arguments import Product
+from fixer.families.fused_moe.arguments import Product
 from fixer.kernel.cache import server_triton_cache
 from fixer.kernel.compile import Candidate
 from fixer.kernel.pool import AdaptiveDeadline, FixedDeadline
-from fixer.kernel.space import Space, descriptor_projections
+from fixer.kernel.space import Space
 from fixer.machine.driver import occupancy
-from fixer.sglang.own_choices import own_choices
 from fixer.sglang.tree import Lookup
 from fixer.tuning.comparison import LayerComparisons, Question
 from fixer.tuning.job import Job, Timeline, Tuned
@@ -34,7 +33,7 @@ from fixer.tuning.search.runner import Look, look_closer, run_rounds
 from fixer.tuning.search.search import Limits, Search
 from fixer.tuning.search.seeds import seeds
 from fixer.tuning.search.trials import Outcome
-from fixer.workload import BOTH, Projection, Tile, TilePair
+from fixer.workload import BOTH, Projection, RowTiles, Tile
 
 if TYPE_CHECKING:
     from fixer.tuning.measure.card_runner import CardRunner
@@ -60,9 +59,10 @@ class _Session:
         self._warmed: set[Candidate] = set()
         self._target = job.target
         # What SGLang would run if moefix had never installed anything.
-        self._lookup: Lookup = job.tree.lookup(job.workload, job.card, without_moefix=True)
-        choose = own_choices(job.tree, self._lookup, job.workload, job.card)
-        self._own = {tokens: TilePair(choose(tokens).gate_up, choose(tokens).down) for tokens in job.rows}
+        self._family = job.family
+        self._lookup: Lookup = self._family.lookup(job.tree, job.workload, job.card, without_moefix=True)
+        choose = self._family.own_choices(job.tree, self._lookup, job.workload, job.card)
+        self._own = {tokens: choose(tokens).tiles for tokens in job.rows}
 
     def run(self) -> Tuned:
         job = self._job
@@ -98,8 +98,7 @@ class _Session:
             model=job.model,
             revision=job.revision,
             workload=job.workload,
-            gate_up_file=self._lookup.gate_up,
-            down_file=self._lookup.down,
+            files=self._lookup.names,
             rows=rows,
             created=utc_now(),
             seconds=round(self._timeline.total, 1),
@@ -139,8 +138,9 @@ class _Session:
     def _descriptors(self) -> frozenset[Projection]:
         """What may load through tensor descriptors; only SGLang's own layer can say what that is worth in all."""
         job = self._job
-        taken = job.tree.takes_descriptors if job.layer_package is not None else frozenset[Projection]()
-        return descriptor_projections(job.workload, job.card.capability, taken)
+        if job.layer_package is None:
+            return frozenset()
+        return self._family.descriptors(job.tree, job.workload, job.card)
 
     @property
     def _scratch(self) -> Path:
@@ -150,7 +150,7 @@ class _Session:
     @property
     def _own_tiles(self) -> list[Tile]:
         """SGLang's own configurations of all rows, each once."""
-        return list(dict.fromkeys(tile for pair in self._own.values() for tile in (pair.gate_up, pair.down)))
+        return list(dict.fromkeys(tile for pair in self._own.values() for tile in pair.tiles))
 
     def _search(self) -> Search:
         job = self._job
@@ -160,7 +160,7 @@ class _Session:
             limits = Limits(seeds=2 * len(everything), kernels=2 * (len(everything) + len(own)))
             return Search(job.workload, job.rows, everything, own, limits, joint=self._joint)
         earlier = earlier_tiles(job.home, job.workload)
-        first = seeds(job.tree.shipped_files(), job.workload, job.card, earlier)
+        first = seeds(self._family.shipped_files(job.tree), job.workload, job.card, earlier)
         return Search(job.workload, job.rows, first, own, descriptors=self._descriptors, joint=self._joint)
 
     def _run_rounds(self, search: Search, runner: JournaledRunner) -> dict[object, Look]:
@@ -182,7 +182,7 @@ class _Session:
         )
         return looks
 
-    def _contenders(self, search: Search) -> list[dict[int, TilePair]]:
+    def _contenders(self, search: Search) -> list[dict[int, RowTiles]]:
         """What the finals will compare with SGLang's own: the best pairs, and the best with tensor descriptors."""
         plain, described = {}, {}
         for tokens in self._job.rows:
@@ -256,7 +256,7 @@ class _Session:
         return tuple(rows)
 
     @staticmethod
-    def _runs(pair: TilePair, looks: Mapping[object, Look]) -> bool:
+    def _runs(pair: RowTiles, looks: Mapping[object, Look]) -> bool:
         """Whether SGLang's own pair runs on this card; a TMA tile is not tried by the search and has its duel."""
         known = [looks[kernel] for kernel in pair.kernels if kernel in looks]
         return all(look.build.outcome is Outcome.OK for look in known)

@@ -10,7 +10,7 @@ from fixer.base.errors import CardError
 from fixer.base.files import safe_name
 from fixer.base.locks import Lock
 from fixer.base.progress import Progress
-from fixer.kernel.arguments import Product
+from fixer.families.fused_moe.arguments import Product
 from fixer.machine.cards import Card
 from fixer.machine.driver import occupancy
 from fixer.tuning.job import Job

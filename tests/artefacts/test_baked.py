@@ -9,7 +9,7 @@ import pytest
 
 from fixer.artefacts.baked import COMMAND_FILE, find_kept, is_baked, with_baked_command
 from fixer.artefacts.environment import environment_of
-from fixer.artefacts.install import Pair
+from fixer.artefacts.install import TunedFiles
 from fixer.artefacts.shelf import save_artefact
 from fixer.base.errors import StoreError, UsageError
 from fixer.sglang.find_tree import tree_at
@@ -164,8 +164,8 @@ def test_another_card_is_said_and_tuned(machine, baked):
 
 
 def installed_anything(machine, artefact):
-    pair = Pair.of(artefact)
-    return [name for name in machine.files() if name.endswith((pair.gate_up_name, pair.down_name))]
+    pair = TunedFiles.of(artefact)
+    return [name for name in machine.files() if name.endswith(pair.names)]
 
 
 def test_another_driver_is_said_and_tuned(machine, baked):

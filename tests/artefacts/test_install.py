@@ -17,12 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fixer.artefacts import install
-from fixer.artefacts.install import Pair, install_pair, installed, read_pair
+from fixer.artefacts.install import install_files, installed, read_files
 from fixer.base import files
+from fixer.families.fused_moe.family import FUSED_MOE
 from fixer.sglang.tuning_files import parse_table, render_table
 from fixer.workload import check_tile
 from tests.support.fakes import eventually
-from tests.support.pairs import DOWN, LARGE, PAIR, SMALL, UP
+from tests.support.pairs import DOWN, LARGE, PAIR, SMALL, UP, moe_files
 
 ROOT = Path(__file__).resolve().parents[2]
 OTHER = "E=8,N=14336,device_name=NVIDIA_GeForce_RTX_4090.json"
@@ -80,59 +81,59 @@ def test_files_look_as_sglangs_own_do():
     table = parse_table(SHIPPED.encode())
     assert render_table(table) == SHIPPED.encode()
     assert list(json.loads(render_table({4096: LARGE, 8: SMALL, 16: SMALL}))) == ["8", "16", "4096"]
-    assert json.loads(render_table(PAIR.down))["64"]["USE_TMA"] is True
+    assert json.loads(render_table(PAIR.tables[1]))["64"]["USE_TMA"] is True
 
 
 def test_a_pair_is_installed_once(tree):
     folder = running(tree)
     assert not installed(folder, PAIR)
-    done = install_pair(folder, PAIR, tree / "home", "0.5.17")
-    assert done == install.Installation(folder, folder / UP, folder / DOWN, (), ())
+    done = install_files(folder, PAIR, tree / "home", "0.5.17")
+    assert done == install.Installation(folder, (folder / UP, folder / DOWN), (), ())
     assert installed(folder, PAIR)
-    assert done.gate_up_path.read_bytes() == render_table(PAIR.gate_up)
-    times = [path.stat().st_mtime_ns for path in (done.gate_up_path, done.down_path, folder)]
-    assert install_pair(folder, PAIR, tree / "home", "0.5.17").notes == ()
-    assert times == [path.stat().st_mtime_ns for path in (done.gate_up_path, done.down_path, folder)]
+    assert done.paths[0].read_bytes() == render_table(PAIR.tables[0])
+    times = [path.stat().st_mtime_ns for path in (*done.paths, folder)]
+    assert install_files(folder, PAIR, tree / "home", "0.5.17").notes == ()
+    assert times == [path.stat().st_mtime_ns for path in (*done.paths, folder)]
     # All that the data folder has are the names of what moefix wrote.
     marks = [path for path in (tree / "home").rglob("*") if path.is_file()]
-    wrote = {hashlib.sha256(render_table(table)).hexdigest() for table in (PAIR.gate_up, PAIR.down)}
+    wrote = {hashlib.sha256(render_table(table)).hexdigest() for table in PAIR.tables}
     assert {(mark.parent.name, mark.name, mark.stat().st_size) for mark in marks} == {("written", m, 0) for m in wrote}
-    read = read_pair(folder, UP, DOWN)
-    assert (read.gate_up, read.down, read.damaged) == (PAIR.gate_up, PAIR.down, ())
+    read = read_files(folder, FUSED_MOE, (UP, DOWN))
+    assert (read.tables, read.damaged) == (PAIR.tables, ())
 
 
-JOINT = Pair(UP, "", {64: LARGE, 1: SMALL}, {1: SMALL, 64: LARGE})
+JOINT = moe_files(UP, "", {64: LARGE, 1: SMALL}, {1: SMALL, 64: LARGE})
 
 
 def test_a_joint_file_is_installed_like_a_pair(tree):
     folder = running(tree)
     (folder / UP).write_text(SHIPPED)
-    done = install_pair(folder, JOINT, tree / "home", "0.4.9")
-    assert (done.gate_up_path, done.down_path, done.env) == (folder / UP, folder / UP, ())
-    assert (folder / UP).read_bytes() == render_table(JOINT.gate_up)
+    done = install_files(folder, JOINT, tree / "home", "0.4.9")
+    assert (*done.paths, done.env) == (folder / UP, folder / UP, ())
+    assert (folder / UP).read_bytes() == render_table(JOINT.tables[0])
     assert (folder / f"{UP}.before-moefix").read_text() == SHIPPED
     assert not (folder / DOWN).exists()
     assert installed(folder, JOINT)
-    assert install_pair(folder, JOINT, tree / "home", "0.4.9").notes == ()
+    assert install_files(folder, JOINT, tree / "home", "0.4.9").notes == ()
 
 
 def test_a_joint_file_goes_into_an_overlay_where_the_release_reads_one(tree, monkeypatch):
-    monkeypatch.setattr(install, "_write_pair", lambda *_: (_ for _ in ()).throw(install.StoreError("read-only")))
-    done = install_pair(running(tree), JOINT, tree / "home", "0.5.4.post1")
-    assert sglang_finds(Path(done.env[0][1]), "triton_3_6_0", UP) == render_table(JOINT.gate_up)
+    monkeypatch.setattr(install, "_write", lambda *_: (_ for _ in ()).throw(install.StoreError("read-only")))
+    done = install_files(running(tree), JOINT, tree / "home", "0.5.4.post1")
+    assert sglang_finds(Path(done.env[0][1]), "triton_3_6_0", UP) == render_table(JOINT.tables[0])
     with pytest.raises(install.StoreError, match=r"read-only; SGLang 0\.4\.9 reads its tuning files from there only"):
-        install_pair(running(tree), JOINT, tree / "home", "0.4.9", overlay=False)
+        install_files(running(tree), JOINT, tree / "home", "0.4.9", overlay=False)
 
 
 def test_a_joint_file_has_one_tile_for_both_projections():
-    with pytest.raises(ValueError, match="one file for both projections"):
-        Pair(UP, "", {1: SMALL}, {1: replace(SMALL, block_n=128)})
+    with pytest.raises(ValueError, match="one file for several products"):
+        moe_files(UP, "", {1: SMALL}, {1: replace(SMALL, block_n=128)})
 
 
 def test_any_change_of_a_file_is_seen(tree):
     folder = running(tree)
-    install_pair(folder, PAIR, tree / "home", "0.5.17")
-    (folder / DOWN).write_bytes(render_table(PAIR.down) + b" ")
+    install_files(folder, PAIR, tree / "home", "0.5.17")
+    (folder / DOWN).write_bytes(render_table(PAIR.tables[1]) + b" ")
     assert not installed(folder, PAIR)
     (folder / DOWN).unlink()
     assert not installed(folder, PAIR)
@@ -140,17 +141,17 @@ def test_any_change_of_a_file_is_seen(tree):
 
 def test_a_triton_that_sglang_does_not_know_gets_its_folder(tree):
     folder = running(tree).with_name("triton_9_9_9")
-    assert install_pair(folder, PAIR, tree / "home", "0.5.17").folder == folder
+    assert install_files(folder, PAIR, tree / "home", "0.5.17").folder == folder
     assert installed(folder, PAIR)
 
 
 def test_what_was_there_first_is_kept_once(tree):
     folder = running(tree)
     (folder / UP).write_text(SHIPPED)
-    done = install_pair(folder, PAIR, tree / "home", "0.5.17")
+    done = install_files(folder, PAIR, tree / "home", "0.5.17")
     assert [UP in note and ".before-moefix" in note for note in done.notes] == [True]
-    newer = replace(PAIR, gate_up=PAIR.down | {64: LARGE}, down=PAIR.down)
-    assert install_pair(folder, newer, tree / "home", "0.5.17").notes == ()
+    newer = replace(PAIR, tables=(PAIR.tables[1] | {64: LARGE}, PAIR.tables[1]))
+    assert install_files(folder, newer, tree / "home", "0.5.17").notes == ()
     assert (folder / f"{UP}.before-moefix").read_text() == SHIPPED
     assert (folder / f"{DOWN}.before-moefix").read_bytes() == b""  # there was none, and moefix's own is no "before"
     assert installed(folder, newer)
@@ -159,16 +160,16 @@ def test_what_was_there_first_is_kept_once(tree):
 @pytest.mark.parametrize(
     "change",
     [
-        {"down": {1: SMALL, 64: SMALL}},
-        {"down": {1: SMALL}},
-        {"gate_up": {}, "down": {}},
-        {"gate_up": {0: SMALL}, "down": {0: SMALL}},
-        {"gate_up": {1: replace(SMALL, use_tma=True)}, "down": {1: SMALL}},
-        {"gate_up": {1: replace(SMALL, block_k=4096)}, "down": {1: SMALL}},
-        {"gate_up": {1: SMALL}, "down": {1: replace(SMALL, block_n=24)}},
-        {"gate_up_name": "../x.json"},
-        {"gate_up_name": "x.txt"},
-        {"gate_up_name": DOWN},
+        {"tables": (PAIR.tables[0], {1: SMALL, 64: SMALL})},
+        {"tables": (PAIR.tables[0], {1: SMALL})},
+        {"tables": ({}, {})},
+        {"tables": ({0: SMALL}, {0: SMALL})},
+        {"tables": ({1: replace(SMALL, use_tma=True)}, {1: SMALL})},
+        {"tables": ({1: replace(SMALL, block_k=4096)}, {1: SMALL})},
+        {"tables": ({1: SMALL}, {1: replace(SMALL, block_n=24)})},
+        {"names": ("../x.json", DOWN)},
+        {"names": ("x.txt", DOWN)},
+        {"names": (DOWN, DOWN)},
     ],
 )
 def test_a_pair_that_cannot_be_right_is_refused(change):
@@ -182,7 +183,7 @@ INSTALL = """
 import os, pathlib, sys
 sys.path[:0] = [sys.argv[1]]
 from tests.support.pairs import PAIR
-from fixer.artefacts.install import install_pair
+from fixer.artefacts.install import install_files
 from fixer.base.errors import StoreError
 if os.geteuid() == 0:
     # Only now: Python itself may be closed to other users.
@@ -190,7 +191,7 @@ if os.geteuid() == 0:
     os.setgid(65534)
     os.setuid(65534)
 try:
-    done = install_pair(pathlib.Path(sys.argv[2]), PAIR, pathlib.Path(sys.argv[3]), "0.5.17")
+    done = install_files(pathlib.Path(sys.argv[2]), PAIR, pathlib.Path(sys.argv[3]), "0.5.17")
     print(done.folder, done.env, len(done.notes), sep="|")
 except StoreError as fault:
     print("StoreError", fault.message)
@@ -220,8 +221,8 @@ def test_a_read_only_tree_gets_an_overlay_that_holds_all_that_is_shipped(tree):
     for _ in range(2):
         answer = install_as_another(tree, folder)
         assert answer == [str(root / "configs" / "triton_3_6_0"), f"(('SGLANG_MOE_CONFIG_DIR', '{root}'),)", "1"]
-    assert sglang_finds(root, "triton_3_6_0", UP) == render_table(PAIR.gate_up)
-    assert sglang_finds(root, "triton_3_6_0", DOWN) == render_table(PAIR.down)
+    assert sglang_finds(root, "triton_3_6_0", UP) == render_table(PAIR.tables[0])
+    assert sglang_finds(root, "triton_3_6_0", DOWN) == render_table(PAIR.tables[1])
     assert sglang_finds(root, "triton_3_6_0", OTHER) == SHIPPED.encode()
     (folder / OTHER).unlink()
     install_as_another(tree, folder)
@@ -236,7 +237,7 @@ def test_an_overlay_serves_several_triton_versions(tree):
     install_as_another(tree, running(tree))
     install_as_another(tree, running(tree).with_name("triton_3_5_1"))
     for version in ("triton_3_5_1", "triton_3_6_0"):
-        assert (root / "configs" / version / UP).read_bytes() == render_table(PAIR.gate_up)
+        assert (root / "configs" / version / UP).read_bytes() == render_table(PAIR.tables[0])
         assert (root / "configs" / version / OTHER).read_text() == SHIPPED
     assert sorted(path.name for path in running(tree).with_name("triton_3_5_1").iterdir()) == [OTHER]
 
@@ -246,11 +247,11 @@ def test_without_links_the_overlay_holds_copies(tree, monkeypatch):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(Path, "symlink_to", no_links)
-    monkeypatch.setattr(install, "_write_pair", lambda *_: (_ for _ in ()).throw(install.StoreError("read-only")))
-    done = install_pair(running(tree), PAIR, tree / "home", "0.5.17")
+    monkeypatch.setattr(install, "_write", lambda *_: (_ for _ in ()).throw(install.StoreError("read-only")))
+    done = install_files(running(tree), PAIR, tree / "home", "0.5.17")
     shutil.rmtree(tree / "sglang")
     root = Path(done.env[0][1])
-    assert sglang_finds(root, "triton_3_6_0", UP) == render_table(PAIR.gate_up)
+    assert sglang_finds(root, "triton_3_6_0", UP) == render_table(PAIR.tables[0])
     assert sglang_finds(root, "triton_3_6_0", OTHER) == SHIPPED.encode()
     assert (root / "configs" / "triton_3_5_1" / OTHER).read_text() == SHIPPED
 
@@ -261,8 +262,8 @@ def test_when_nothing_can_be_written_there_is_one_clear_error(tree):
 
 
 def test_the_version_cannot_lead_out_of_the_data_folder(tree, monkeypatch):
-    monkeypatch.setattr(install, "_write_pair", lambda *_: (_ for _ in ()).throw(install.StoreError("read-only")))
-    done = install_pair(running(tree), PAIR, tree / "home", "../../../etc")
+    monkeypatch.setattr(install, "_write", lambda *_: (_ for _ in ()).throw(install.StoreError("read-only")))
+    done = install_files(running(tree), PAIR, tree / "home", "../../../etc")
     assert done.folder.resolve().is_relative_to(tree / "home" / "overlay")
 
 
@@ -272,13 +273,13 @@ def state(path):
 
 def test_kill_9_while_installing_leaves_whole_files(tree):
     code = "import sys, pathlib, itertools\nsys.path[:0] = [sys.argv[1]]\n"
-    code += "from fixer.artefacts.install import Pair, install_pair\nfrom fixer.workload import Tile\n"
-    code += "from tests.support.pairs import DOWN, UP\n"
+    code += "from fixer.artefacts.install import install_files\nfrom fixer.workload import Tile\n"
+    code += "from tests.support.pairs import DOWN, UP, moe_files\n"
     code += "folder = pathlib.Path(sys.argv[2])\nprint('ready', flush=True)\n"
     code += "for turn in itertools.count(int(sys.argv[3])):\n"
     code += " tile = Tile(16, 64, 128, 1 + turn % 64)\n"
     code += " table = {batch: tile for batch in range(1, 200)}\n"
-    code += " install_pair(folder, Pair(UP, DOWN, table, table), folder, '0')"
+    code += " install_files(folder, moe_files(UP, DOWN, table, table), folder, '0')"
     folder = running(tree)
     seed = random.Random(7)
     seen = set()
@@ -291,13 +292,13 @@ def test_kill_9_while_installing_leaves_whole_files(tree):
         time.sleep(seed.uniform(0, 0.05))
         child.kill()
         child.communicate()
-        read = read_pair(folder, UP, DOWN)
+        read = read_files(folder, FUSED_MOE, (UP, DOWN))
         assert read.damaged == ()
-        for table in (read.gate_up, read.down):
+        for table in read.tables:
             assert table is None or len(set(table.values())) == 1
-        seen.add(read.gate_up and read.gate_up[1])
+        seen.add(read.tables[0] and read.tables[0][1])
     assert len(seen) > 2
-    assert install_pair(folder, PAIR, folder, "0").env == ()
+    assert install_files(folder, PAIR, folder, "0").env == ()
     assert installed(folder, PAIR)
 
 
@@ -305,7 +306,7 @@ def test_kill_9_while_installing_leaves_whole_files(tree):
 
 
 def test_no_files_are_nothing_to_report(tree):
-    assert read_pair(running(tree), UP, DOWN) == install.PairOnDisk(None, None, ())
+    assert read_files(running(tree), FUSED_MOE, (UP, DOWN)) == install.FilesOnDisk((None, None), ())
 
 
 @pytest.mark.parametrize(
@@ -336,10 +337,10 @@ def test_no_files_are_nothing_to_report(tree):
 )
 def test_a_damaged_file_is_set_aside_and_named(tree, content, reason):
     folder = running(tree)
-    install_pair(folder, PAIR, tree / "home", "0.5.17")
+    install_files(folder, PAIR, tree / "home", "0.5.17")
     (folder / UP).write_text(content)
-    read = read_pair(folder, UP, DOWN)
-    assert (read.gate_up, read.down) == (None, PAIR.down)
+    read = read_files(folder, FUSED_MOE, (UP, DOWN))
+    assert (read.tables[0], read.tables[1]) == (None, PAIR.tables[1])
     (report,) = read.damaged
     assert reason in report.reason
     assert report.kept_as.read_text() == content
@@ -348,7 +349,7 @@ def test_a_damaged_file_is_set_aside_and_named(tree, content, reason):
 
 def test_tma_in_a_down_file_is_right(tree):
     (running(tree) / DOWN).write_text(SHIPPED.replace('"num_warps": 4,', '"num_warps": 4, "USE_TMA": true,'))
-    assert read_pair(running(tree), UP, DOWN).down[1].use_tma
+    assert read_files(running(tree), FUSED_MOE, (UP, DOWN)).tables[1][1].use_tma
 
 
 def mutate(data):
@@ -371,20 +372,20 @@ def test_whatever_is_in_a_file_it_is_sane_or_set_aside(tmp_path_factory, content
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     (folder / UP).write_bytes(content)
-    read = read_pair(folder, UP, DOWN)
-    if read.gate_up is None:
+    read = read_files(folder, FUSED_MOE, (UP, DOWN))
+    if read.tables[0] is None:
         (report,) = read.damaged
         assert report.kept_as.read_bytes() == content
         assert str(report).isprintable()
         return
     assert read.damaged == ()
-    assert all(check_tile(tile) and not tile.use_tma for tile in read.gate_up.values())
+    assert all(check_tile(tile) and not tile.use_tma for tile in read.tables[0].values())
     assert (folder / UP).read_bytes() == content
 
 
 def test_a_name_with_a_folder_in_it_is_refused(tree):
     with pytest.raises(ValueError, match="no name"):
-        read_pair(running(tree), "../" + UP, DOWN)
+        read_files(running(tree), FUSED_MOE, ("../" + UP, DOWN))
     assert files.check_file_name(UP) == UP
 
 
@@ -392,19 +393,19 @@ def test_a_name_with_a_folder_in_it_is_refused(tree):
 
 
 def test_a_joint_file_is_one_file(tree, tmp_path):
-    joint = Pair(UP, "", {1: SMALL, 64: LARGE}, {1: SMALL, 64: LARGE})
-    installation = install_pair(running(tree), joint, tmp_path / "home", "0.4.9")
-    assert installation.gate_up_path == installation.down_path == running(tree) / UP
+    joint = moe_files(UP, "", {1: SMALL, 64: LARGE}, {1: SMALL, 64: LARGE})
+    installation = install_files(running(tree), joint, tmp_path / "home", "0.4.9")
+    assert installation.paths == (running(tree) / UP,) * 2
     assert str(installation) == str(running(tree) / UP)
-    assert installation.gate_up_path.read_bytes() == render_table(joint.gate_up)
+    assert installation.paths[0].read_bytes() == render_table(joint.tables[0])
     assert not (running(tree) / DOWN).exists()
     assert installed(running(tree), joint)
-    with pytest.raises(ValueError, match="cannot hold two tables"):
-        Pair(UP, "", {1: SMALL}, {1: replace(SMALL, block_n=128)})
+    with pytest.raises(ValueError, match="one file for several products"):
+        moe_files(UP, "", {1: SMALL}, {1: replace(SMALL, block_n=128)})
 
 
 def test_a_gate_up_file_has_descriptors_where_the_release_takes_them_out():
     described = {1: replace(SMALL, use_tma=True)}
     with pytest.raises(ValueError, match="USE_TMA"):
-        Pair(UP, DOWN, described, {1: SMALL})
-    assert Pair(UP, DOWN, described, {1: SMALL}, gate_up_may_describe=True).gate_up == described
+        moe_files(UP, DOWN, described, {1: SMALL})
+    assert replace(PAIR, tables=(described, {1: SMALL}), sglang="0.5.18").tables[0] == described

@@ -18,15 +18,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fixer.artefacts import artefact as artefact_module
-from fixer.artefacts.artefact import Artefact, Decision, Environment, RowChoice
+from fixer.artefacts.artefact import Artefact, Decision, Environment
 from fixer.artefacts.shelf import Found, artefact_path, earlier_tiles, find_artefact, save_artefact
 from fixer.base import files
 from fixer.base.data_folder import data_home, wanted_home
 from fixer.base.errors import StoreError
 from fixer.base.files import safe_name, set_aside, write_atomically, write_together
 from fixer.base.locks import Lock
-from fixer.workload import NumberFormat, Tile, Workload, check_tile
+from fixer.workload import NumberFormat, RowTiles, Tile, Workload, check_tile
 from tests.support.artefacts import renamed
+from tests.support.moe_rows import moe_row
 
 ROOT = Path(__file__).resolve().parents[2]
 NOBODY = 65534
@@ -38,17 +39,19 @@ HERE = Environment("NVIDIA GeForce RTX 4090", (8, 9), 101376, "580.159.03", "3.6
 LAYER = Workload(128, 768, 2048, 8, NumberFormat.FP8_W8A8, block_shape=(128, 128))
 SMALL, LARGE = Tile(16, 64, 128, 1, 4, 3), Tile(64, 128, 128, 16, 8, 2)
 ROWS = (
-    RowChoice(1, SMALL, SMALL, Decision.TUNED, 10.5, 7.25, 12.0, 8.0, 0.002),
-    RowChoice(64, LARGE, replace(LARGE, block_n=64, use_tma=True), Decision.KEPT_SGLANG, 10.0, 7, 10.0, 7, 0.0),
-    RowChoice(4096, LARGE, LARGE, Decision.FITTING_ONLY, 900.0, 450.0),
+    moe_row(1, SMALL, SMALL, Decision.TUNED, 10.5, 7.25, 12.0, 8.0, 0.002),
+    moe_row(64, LARGE, replace(LARGE, block_n=64, use_tma=True), Decision.KEPT_SGLANG, 10.0, 7, 10.0, 7, 0.0),
+    moe_row(4096, LARGE, LARGE, Decision.FITTING_ONLY, 900.0, 450.0),
 )
 ARTEFACT = Artefact(
     environment=HERE,
     model="Qwen/Qwen3-30B-A3B-FP8",
     revision="d" * 40,
     workload=LAYER,
-    gate_up_file="E=128,N=768,device_name=NVIDIA_GeForce_RTX_4090,dtype=fp8_w8a8,block_shape=[128, 128].json",
-    down_file="E=128,N=768,device_name=NVIDIA_GeForce_RTX_4090,dtype=fp8_w8a8,block_shape=[128, 128]_down.json",
+    files=(
+        "E=128,N=768,device_name=NVIDIA_GeForce_RTX_4090,dtype=fp8_w8a8,block_shape=[128, 128].json",
+        "E=128,N=768,device_name=NVIDIA_GeForce_RTX_4090,dtype=fp8_w8a8,block_shape=[128, 128]_down.json",
+    ),
     rows=ROWS,
     created="2026-11-23T22:58:13Z",
     seconds=312.5,
@@ -213,11 +216,11 @@ def test_kill_9_leaves_the_old_or_the_new_content(tmp_path):
 
 
 def test_a_joint_artefact_has_one_file_and_one_tile_a_row():
-    rows = (replace(ROWS[0], down=SMALL), ROWS[2])
-    joint = replace(ARTEFACT, down_file="", rows=rows)
+    rows = (replace(ROWS[0], tiles=RowTiles(ROWS[0].gate_up, SMALL)), ROWS[2])
+    joint = replace(ARTEFACT, files=(ARTEFACT.files[0], ""), rows=rows)
     assert Artefact.from_json(joint.to_json()) == joint
     with pytest.raises(ValueError, match="joint file"):
-        replace(ARTEFACT, down_file="")
+        replace(ARTEFACT, files=(ARTEFACT.files[0], ""))
 
 
 def test_notes_come_back_and_one_without_them_is_read():
@@ -232,7 +235,7 @@ def test_notes_come_back_and_one_without_them_is_read():
 
 
 def test_descriptors_in_a_gate_up_file_are_for_releases_that_take_them():
-    rows = (replace(ROWS[1], gate_up=replace(LARGE, use_tma=True)),)
+    rows = (replace(ROWS[1], tiles=RowTiles(replace(LARGE, use_tma=True), ROWS[1].down)),)
     with pytest.raises(ValueError, match="USE_TMA"):
         replace(ARTEFACT, rows=rows)
     newer = replace(ARTEFACT, rows=rows, environment=replace(HERE, sglang="0.5.18"))
@@ -458,21 +461,23 @@ def test_setting_aside_goes_over_no_other_file(tmp_path):
     [
         {"batch": 0},
         {"batch": 1 << 25},
-        {"down": LARGE},
-        {"gate_up_us": None},
-        {"gate_up_us": float("nan")},
-        {"down_us": 0.0},
-        {"sglang_down_us": float("inf")},
+        {"tiles": RowTiles(SMALL, LARGE)},
+        {"tiles": RowTiles(SMALL)},
+        {"us": (None, 7.25)},
+        {"us": (float("nan"), 7.25)},
+        {"us": (10.5, 0.0)},
+        {"us": (10.5, 7.25, 1.0)},
+        {"sglang_us": (12.0, float("inf"))},
         {"noise": -0.1},
         {"noise": float("nan")},
-        {"gate_up": replace(SMALL, block_n=4096)},
-        {"gate_up": replace(SMALL, block_n=48)},
-        {"gate_up": replace(SMALL, num_stages=100)},
+        {"tiles": RowTiles(replace(SMALL, block_n=4096), SMALL)},
+        {"tiles": RowTiles(replace(SMALL, block_n=48), SMALL)},
+        {"tiles": RowTiles(replace(SMALL, num_stages=100), SMALL)},
     ],
 )
-def test_a_row_that_contradicts_itself_cannot_be_made(change):
+def test_a_row_that_contradicts_itself_cannot_be_in_an_artefact(change):
     with pytest.raises(ValueError, match=r"."):
-        replace(ROWS[0], **change)
+        replace(ARTEFACT, rows=(replace(ROWS[0], **change), *ROWS[1:]))
 
 
 def test_names_stay_in_their_folder():
@@ -586,6 +591,6 @@ def test_earlier_tiles_are_those_of_the_same_format_the_most_frequent_first(tmp_
 
 
 def test_a_tuning_that_was_not_measured_is_no_seed(tmp_path):
-    fitting = tuple(RowChoice(row.batch, row.gate_up, row.gate_up, Decision.FITTING_ONLY) for row in ROWS)
+    fitting = tuple(moe_row(row.batch, row.gate_up, row.gate_up, Decision.FITTING_ONLY) for row in ROWS)
     save_artefact(tmp_path, replace(ARTEFACT, rows=fitting, measured=False))
     assert earlier_tiles(tmp_path, LAYER) == ()

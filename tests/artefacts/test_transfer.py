@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fixer.artefacts.artefact import Artefact, _checksum
 from fixer.artefacts.environment import environment_of
 from fixer.artefacts.forms import tree_of, write_artefact, write_config_dir, write_sglang, write_vllm
-from fixer.artefacts.install import Pair
+from fixer.artefacts.install import TunedFiles
 from fixer.artefacts.shelf import find_artefact, kept_artefacts, save_artefact
 from fixer.artefacts.transfer import (
     artefacts_in,
@@ -36,7 +36,7 @@ from fixer.sglang.file_names import pairs_of_names
 from fixer.sglang.find_tree import tree_at
 from fixer.sglang.flags import parse_flags
 from fixer.sglang.tuning_files import parse_table, render_table
-from fixer.workload import Tile
+from fixer.workload import RowTiles, Tile
 from tests.support.artefacts import H100, RTX_4090, artefact_of, renamed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -207,7 +207,7 @@ def test_the_plain_pair(artefact, tmp_path):
     written = write_sglang(artefact, tmp_path)
     assert [path.name for path in written.paths] == [artefact.gate_up_file, artefact.down_file]
     assert {path.name for path in tmp_path.iterdir()} == {artefact.gate_up_file, artefact.down_file}
-    pair = Pair.of(artefact)
+    pair = TunedFiles.of(artefact)
     assert [path.read_bytes() for path in written.paths] == [render_table(pair.gate_up), render_table(pair.down)]
     assert "configs/triton_3_6_0" in written.notes[0]
 
@@ -328,7 +328,7 @@ def test_a_tree_that_names_the_layer_otherwise_gets_no_files(tree, models):
     check_names(with_channel, tree)
     up, down = pairs_of_names(workload, scaled.environment.card)[1]  # as 0.4.9 names them
     with pytest.raises(SGLangError, match="asks for E=128"):
-        check_names(replace(with_channel, gate_up_file=up, down_file=down), tree)
+        check_names(replace(with_channel, files=(up, down)), tree)
 
 
 def test_which_tree_a_config_dir_is_made_from(tree, tmp_path, moefix_home):
@@ -351,8 +351,8 @@ def test_import_installs_into_the_tree_it_was_tuned_for_only(artefact, tree, tmp
     result = moefix(tmp_path / "home", *arguments)
     assert result.returncode == 0, result.stderr
     lookup = tree_at(package).lookup(artefact.workload, RTX_4090)
-    assert parse_table(lookup.gate_up_path.read_bytes()) == Pair.of(artefact).gate_up
-    assert parse_table(lookup.down_path.read_bytes()) == Pair.of(artefact).down
+    assert parse_table(lookup.gate_up_path.read_bytes()) == TunedFiles.of(artefact).tables[0]
+    assert parse_table(lookup.down_path.read_bytes()) == TunedFiles.of(artefact).tables[1]
     write_artefact(replace(artefact, environment=replace(artefact.environment, triton="3.5.1")), tmp_path / "a.json")
     result = moefix(tmp_path / "home", *arguments)
     assert result.returncode == 5
@@ -371,7 +371,7 @@ def test_import_does_not_install_what_the_card_cannot_run(artefact, tree, tmp_pa
     shutil.copytree(tree.package, package)
     before = set(package.rglob("*.json"))
     large = Tile(128, 128, 64, 8, 8, 5)  # 131072 bytes: more than this card has, less than the second claim
-    rows = (*artefact.rows[:-1], replace(artefact.rows[-1], gate_up=large, down=large))
+    rows = (*artefact.rows[:-1], replace(artefact.rows[-1], tiles=RowTiles(large, large)))
     forged = replace(artefact, rows=rows, environment=replace(artefact.environment, shared_memory=claims))
     write_artefact(forged, tmp_path / "a.json")
     arguments = ("import", "--install", "--sglang-root", str(package), str(tmp_path / "a.json"))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from fixer.artefacts.install import Pair
+from fixer.artefacts.install import TunedFiles
 from fixer.sglang.releases import PINNED
 from fixer.sglang.tuning_files import render_table
 from tests.docker.engine import BASE, FAKE_TOKEN, ROOT, docker
@@ -211,8 +211,8 @@ def test_a_measured_images_labels_say_the_gain_of_each_band(measured):
 
 def test_the_pair_in_sglangs_tree_is_the_artefacts(measured, artefact, package):
     folder = f"{package}/srt/layers/moe/moe_runner/triton_utils/configs/triton_3_6_0"
-    pair = Pair.of(artefact)
-    for name, table in ((pair.gate_up_name, pair.gate_up), (pair.down_name, pair.down)):
+    pair = TunedFiles.of(artefact)
+    for name, table in zip(pair.names, pair.tables, strict=True):
         read = docker("run", "--rm", "--entrypoint", "cat", measured, f"{folder}/{name}").stdout
         assert read.encode() == render_table(table)
 

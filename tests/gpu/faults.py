@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fixer.kernel.arguments import Role
+from fixer.families.fused_moe.arguments import Role
 from fixer.machine.worker import Handler
 from fixer.tuning.measure import card_bench as bench_module
 from fixer.tuning.measure.card_bench import Bench, Loaded

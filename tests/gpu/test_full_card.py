@@ -17,7 +17,7 @@ from fixer.sglang.find_tree import find_tree
 from fixer.tuning.measure.card_runner import CardRunner
 from fixer.tuning.search.runner import Request
 from fixer.tuning.search.trials import Outcome
-from fixer.workload import Kernel, NumberFormat, Projection, Workload
+from fixer.workload import BOTH, Kernel, NumberFormat, Workload
 
 sys.path.insert(0, str(Path(__file__).parent))
 import faults
@@ -72,7 +72,7 @@ def target(tmp_path_factory):
 def look(target, folder):
     limit = visible_cards()[0].shared_memory
     with CardRunner(LARGE, target, devices=[0], rows=ROWS, shared_limit=limit, folder=folder, workers=4) as cards:
-        requests = [Request(Kernel(projection, faults.GOOD), ROWS) for projection in Projection]
+        requests = [Request(Kernel(projection, faults.GOOD), ROWS) for projection in BOTH]
         return {one.build.kernel.projection: one for one in cards.look(requests)}
 
 

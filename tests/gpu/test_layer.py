@@ -11,15 +11,15 @@ from fixer.sglang.find_tree import installed_tree
 from fixer.tuning.duel import DuelRequest, PairError
 from fixer.tuning.measure.clock import Call, Clock
 from fixer.tuning.measure.layer_bench import LayerBench, LayerSetup
-from fixer.workload import NumberFormat, Tile, TilePair, Workload
+from fixer.workload import NumberFormat, RowTiles, Tile, Workload
 
 pytestmark = pytest.mark.gpu
 
 OLMOE = Workload(64, 1024, 2048, 8)
-OLMOE_OWN = TilePair(Tile(64, 64, 32, 8), Tile(64, 64, 32, 8))
-OLMOE_TUNED = TilePair(Tile(128, 256, 64, 64, 8, 4), Tile(128, 256, 64, 16, 8, 3))
-PLAIN = TilePair(Tile(16, 64, 128, 1, 4, 3), Tile(16, 128, 128, 1, 4, 3))
-TALL = TilePair(Tile(64, 128, 128, 16, 4, 3), Tile(64, 64, 128, 1, 4, 4))
+OLMOE_OWN = RowTiles(Tile(64, 64, 32, 8), Tile(64, 64, 32, 8))
+OLMOE_TUNED = RowTiles(Tile(128, 256, 64, 64, 8, 4), Tile(128, 256, 64, 16, 8, 3))
+PLAIN = RowTiles(Tile(16, 64, 128, 1, 4, 3), Tile(16, 128, 128, 1, 4, 3))
+TALL = RowTiles(Tile(64, 128, 128, 16, 4, 3), Tile(64, 64, 128, 1, 4, 4))
 
 FP8 = NumberFormat.FP8_W8A8
 FORMATS = {
@@ -75,7 +75,7 @@ def test_every_format_computes_the_right_numbers(package, name):
 def test_tensor_descriptors_are_right_or_are_found_out(package, name):
     """0.5.17 takes them for block-wise FP8 and plain numbers; scales of a row or a tensor it reads in another order."""
     bench = LayerBench(LayerSetup(package, FORMATS[name], 0, 1024))
-    loads = TilePair(TALL.gate_up, Tile(64, 64, 128, 1, 4, 4, use_tma=True))
+    loads = RowTiles(TALL.gate_up, Tile(64, 64, 128, 1, 4, 4, use_tma=True))
     for tokens in (1024, 37):
         if name in ("bf16", "fp8-block"):
             assert bench.duel(DuelRequest(tokens, TALL, loads)).own

@@ -20,7 +20,7 @@ from fixer.kernel.compile import (
 from fixer.kernel.source import load_kernels, read_kernel_source
 from fixer.kernel.space import always_spills
 from fixer.sglang.releases import KNOWN_RELEASES, RELEASES
-from fixer.workload import NumberFormat, Projection, Tile, Workload
+from fixer.workload import BOTH, NumberFormat, Projection, Tile, Workload
 
 QWEN = Workload(128, 768, 2048, 8, NumberFormat.FP8_W8A8, per_channel_quant=True)
 OLD_DEFAULT = Tile(128, 256, 128, 32, 8, 4)
@@ -223,7 +223,7 @@ def test_a_gate_up_kernel_describes_its_weights_only_and_can_sort_its_output(sou
 )
 def test_every_number_format_compiles(sources, folder, workload):
     target = Target(sources["0.5.23"], 89, folder)
-    for projection in Projection:
+    for projection in BOTH:
         result = compiled(target, workload, projection, SMALL, tokens=16)
         assert (result.outcome, result.message) == (CompileOutcome.OK, "")
         assert 0 < result.shared_bytes < 16384

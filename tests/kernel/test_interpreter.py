@@ -55,10 +55,10 @@ import triton.language as tl
 
 from fixer.kernel.compile import Target, kernel_function
 from fixer.kernel.source import read_kernel_source
-from fixer.kernel.arguments import LaunchContext, Product, Role, launch_arguments, padded_tokens
-from fixer.tuning.measure.routing import Routing
+from fixer.families.fused_moe.arguments import LaunchContext, Product, Role, launch_arguments, padded_tokens
+from fixer.families.fused_moe.routing import Routing
 from fixer.tuning.measure.tensors import align, choose_experts, make_layer, reference, relative_error
-from fixer.workload import NumberFormat, Projection, Tile, Workload
+from fixer.workload import BOTH, NumberFormat, Projection, Tile, Workload
 
 BASE = Workload(4, 96, 160, 2, activation_dtype="float16")  # neither a multiple of both block sizes below
 FP8, INT8 = replace(BASE, number_format=NumberFormat.FP8_W8A8), replace(BASE, number_format=NumberFormat.INT8_W8A8)
@@ -127,7 +127,7 @@ def error_of(target, name, projection, fault="none"):
 version, path, formats, faults, folder = json.loads(sys.argv[1])
 target = Target(read_kernel_source(Path(path)), 89, Path(folder))
 answers = {}
-for projection in Projection:
+for projection in BOTH:
     for name in formats:
         answers[f"{version} {name} {projection.value}"] = error_of(target, name, projection)
     for fault in faults if version == "0.5.17" else ():

@@ -16,7 +16,7 @@ from fixer.kernel.compile import Candidate, CompileOutcome, Target
 from fixer.kernel.pool import AdaptiveDeadline, CompilePool, FixedDeadline, compile_all
 from fixer.kernel.source import KernelSource, read_kernel_source
 from fixer.machine.processes import usable_cores
-from fixer.workload import NumberFormat, Projection, Tile, Workload
+from fixer.workload import BOTH, NumberFormat, Projection, Tile, Workload
 
 BF16 = Workload(8, 64, 128, 2)
 FP8 = Workload(128, 768, 2048, 8, NumberFormat.FP8_W8A8, per_channel_quant=True)
@@ -116,7 +116,7 @@ def test_at_a_deadline_the_candidate_dies_and_the_pool_goes_on(target, tmp_path)
 
 
 def test_a_fixed_deadline_ends_every_slow_candidate(target, tmp_path):
-    candidates = [Candidate(FP8, projection, SLOW.tile) for projection in Projection]
+    candidates = [Candidate(FP8, projection, SLOW.tile) for projection in BOTH]
     with CompilePool(target, tmp_path, workers=1, deadline=FixedDeadline(0.05)) as pool:
         results = compile_all(pool, candidates)
     assert {result.outcome for result in results.values()} == {CompileOutcome.DEADLINE}
@@ -178,7 +178,7 @@ if __name__ == "__main__":
     source, folder = Path(sys.argv[1]), Path(sys.argv[2])
     pool = CompilePool(Target(read_kernel_source(source), 89, folder), folder / "cache", workers=2)
     workload = Workload(8, 64, 128, 2)
-    pool.submit(Candidate(workload, projection, Tile(128, 128, 64, 1, 4, 3)) for projection in Projection)
+    pool.submit(Candidate(workload, projection, Tile(128, 128, 64, 1, 4, 3)) for projection in BOTH)
     print(*[worker.process.pid for worker in pool._workers], flush=True)
     time.sleep(60)
 """

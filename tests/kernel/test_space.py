@@ -6,19 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fixer.kernel.space import (
-    AXES,
-    DESCRIPTOR_TOKENS,
-    FAR_STEPS,
-    Space,
-    Step,
-    always_spills,
-    descriptor_projections,
-    distance,
-    impossible_after,
-    makes_sense,
-)
+from fixer.families.fused_moe.rules import DESCRIPTOR_TOKENS, descriptor_projections, makes_sense
+from fixer.kernel.space import Space, Step, always_spills, distance, impossible_after
 from fixer.workload import BOTH, NumberFormat, Projection, Tile, Workload
+from tests.support.moe_space import AXES, FAR_STEPS
 
 QWEN = Workload(128, 768, 2048, 8, NumberFormat.FP8_W8A8, per_channel_quant=True)
 BLOCK = Workload(256, 256, 7168, 8, NumberFormat.FP8_W8A8, block_shape=(128, 128))

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from fixer.base.errors import SGLangError, StoreError, UsageError
+from fixer.families.fused_moe.rules import makes_sense
 from fixer.kernel.cache import CompileCache
 from fixer.kernel.compile import Candidate, Compiled, CompileOutcome
 from fixer.kernel.fit import CompileFunction, compiler_for
-from fixer.kernel.space import least_bytes, makes_sense
+from fixer.kernel.space import least_bytes
 from fixer.machine.cards import Card, find_card, with_shared_memory_limit
 from fixer.model.config import model_from_config
 from fixer.model.rules.case import Outcome
@@ -27,7 +28,7 @@ from fixer.sglang.flags import parse_flags
 from fixer.sglang.own_choices import own_choices
 from fixer.sglang.tree import Found, Tree
 from fixer.sglang.tuning_files import read_rows
-from fixer.workload import BOTH, Tile, TilePair
+from fixer.workload import BOTH, RowTiles, Tile
 
 RELEASES = ["0.4.9", "0.5.17", "0.5.23"]
 BLOG_POST = "q3_30b_fp8dyn_tp1_l40s"
@@ -262,8 +263,8 @@ def test_every_case_on_every_card_has_sensible_proposals(
         assert workload is not None
         for row in plan.rows:
             assert row.proposed is not None
-            own = TilePair(row.gate_up.tile, row.down.tile)
-            if dataclasses.replace(own, gate_up=dataclasses.replace(own.gate_up, use_tma=False)) != row.proposed:
+            own = RowTiles(row.gate_up.tile, row.down.tile)
+            if RowTiles(dataclasses.replace(own.gate_up, use_tma=False), own.down) != row.proposed:
                 assert makes_sense(row.proposed.gate_up, workload, row.tokens)
                 assert least_bytes(row.proposed.gate_up, workload) <= plan.card.shared_memory
             if release == "0.4.9":  # one file serves both projections
@@ -285,7 +286,7 @@ def test_a_shipped_file_that_fits_is_proposed_as_it_is(cases: Any, trees: dict[s
     assert plan.lookup.found is Found.SHIPPED
     for row in plan.rows:
         assert row.source is Source.SHIPPED
-        assert row.proposed == TilePair(row.gate_up.tile, row.down.tile)
+        assert row.proposed == RowTiles(row.gate_up.tile, row.down.tile)
 
 
 def test_a_shipped_file_that_does_not_fit_is_replaced(cases: Any, trees: dict[str, Tree]) -> None:
@@ -293,9 +294,9 @@ def test_a_shipped_file_that_does_not_fit_is_replaced(cases: Any, trees: dict[st
     plan = plan_of(cases["q3next_fp8_tp1_h200"], card, trees["0.5.17"], by_formula)
     assert plan.verdict is Verdict.OUT_OF_RESOURCES
     sound(plan)
-    kept = {row.proposed == TilePair(row.gate_up.tile, row.down.tile) for row in plan.rows if row.fits}
+    kept = {row.proposed == RowTiles(row.gate_up.tile, row.down.tile) for row in plan.rows if row.fits}
     assert kept == {True}
-    assert not any(row.proposed == TilePair(row.gate_up.tile, row.down.tile) for row in plan.rows if not row.fits)
+    assert not any(row.proposed == RowTiles(row.gate_up.tile, row.down.tile) for row in plan.rows if not row.fits)
 
 
 def test_a_tiny_limit_is_met_or_said(cases: Any, trees: dict[str, Tree], tmp_path: Path) -> None:
@@ -385,7 +386,7 @@ def test_sglang_finds_what_was_written(cases: Any, trees: dict[str, Tree], tmp_p
     choose_own = own_choices(tree, lookup, workload, plan.card)
     for row in plan.rows:
         choice = choose_own(row.tokens)
-        assert TilePair(choice.gate_up, choice.down) == row.proposed
+        assert RowTiles(choice.gate_up, choice.down) == row.proposed
     again = plan_of(cases[BLOG_POST], "RTX 4090", tree, by_formula, "")
     assert {row.source for row in again.rows} == {Source.SHIPPED}
     assert [row.proposed for row in again.rows] == [row.proposed for row in plan.rows]

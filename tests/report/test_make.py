@@ -22,12 +22,13 @@ import fixer.report.make
 from fixer.artefacts.shelf import artefact_path, save_artefact
 from fixer.base.voice import Voice
 from fixer.cli import main
+from fixer.families.fused_moe.work import experts_in_use, layer_work, work_of
 from fixer.kernel.source import read_kernel_source
 from fixer.machine.cards import find_card, known_cards
 from fixer.report.evidence import Evidence, Part, Sources, gather, own_of
 from fixer.report.make import choose, default_path, report_after_tuning, summary_of, write_report
 from fixer.report.page import render
-from fixer.report.roofline import experts_in_use, layer_work, peak_of, share_of, work_of
+from fixer.report.roofline import peak_of, share_of
 from fixer.report.search_course import course_of
 from fixer.report.summary import Fate, Worth, microseconds, percent, summarise
 from fixer.report.terminal import print_report
@@ -40,7 +41,7 @@ from fixer.sglang.own_choices import OwnChoice
 from fixer.sglang.tree import Tree
 from fixer.tuning.journal import RunKey, read_looks
 from fixer.tuning.search.trials import Outcome
-from fixer.workload import Kernel, NumberFormat, Projection, Tile, Workload
+from fixer.workload import BOTH, Kernel, NumberFormat, Projection, RowTiles, Tile, Workload
 from tests.support import report_samples as samples
 from tests.support.artefacts import renamed
 
@@ -139,8 +140,8 @@ def test_a_row_that_does_not_fit_says_by_how_much():
     own = Tile(128, 256, 128, 32, 8, 4)
     artefact = samples.artefact_of(samples.cured(1))
     artefact = replace(artefact, environment=replace(artefact.environment, shared_memory=101376))
-    shared = {Kernel(projection, own): 147456 for projection in Projection}
-    evidence = Evidence(artefact, "a.json", {1: OwnChoice(own, own, "default", "default")}, shared)
+    shared = {Kernel(projection, own): 147456 for projection in BOTH}
+    evidence = Evidence(artefact, "a.json", {1: OwnChoice(RowTiles(own, own), ("default", "default"))}, shared)
     assert summarise(evidence).rows[0].words == "SGLang's own does not fit: 147456 of 101376 bytes"
 
 
@@ -202,10 +203,10 @@ def test_share():
     peak = peak_of("NVIDIA H200")
     work = layer_work(replace(LAYER, number_format=NumberFormat.FP8_W8A8), 1)
     assert peak.bandwidth == 4.8e12
-    share = share_of(work, 1e6, peak, NumberFormat.FP8_W8A8)
+    share = share_of((work.moved, work.operations), 1e6, peak, NumberFormat.FP8_W8A8)
     assert share.memory == pytest.approx(work.moved / 4.8e12)
     assert share.compute == pytest.approx(work.operations / 1979e12)
-    assert share_of(work, 1e6, peak, NumberFormat.INT8_W8A8).compute is None
+    assert share_of((work.moved, work.operations), 1e6, peak, NumberFormat.INT8_W8A8).compute is None
 
 
 def test_the_table_of_limits():
@@ -247,16 +248,16 @@ def test_a_journal_is_only_read(tmp_path):
 
 def test_the_course_of_a_search():
     found = samples.looks((1, 16))
-    course = course_of(found, (1, 16))
+    course = course_of(found, (1, 16), BOTH)
     assert course.kernels == len(found)
     assert course.usable == sum(look.build.outcome is Outcome.OK for look in found) < len(found)
     assert list(course.tried) == list(range(course.tried[0], len(found) + 1))
     assert course.above[0] > 0 == course.above[-1]
     assert all(later <= earlier for earlier, later in zip(course.above, course.above[1:], strict=False))
     # Both projections of one BLOCK_SIZE_M have to be there for every row.
-    assert course_of(found[:1], (1, 16)) is None
-    assert course_of(found, (1, 16, 999)) is None
-    assert course_of([], (1,)) is None
+    assert course_of(found[:1], (1, 16), BOTH) is None
+    assert course_of(found, (1, 16, 999), BOTH) is None
+    assert course_of([], (1,), BOTH) is None
 
 
 def test_sglangs_own_and_shared_memory(trees, moefix_home, tmp_path):

@@ -24,7 +24,7 @@ from fixer.base.errors import CompileError
 from fixer.kernel.compile import Compiled, CompileOutcome
 from fixer.sglang.tuning_files import render_table
 from fixer.tuning.journal import _COLUMNS
-from fixer.workload import Tile
+from fixer.workload import RowTiles, Tile
 from tests.support import fakes
 from tests.support.serving import FOLDER, H100, LARGE, SMALL, installed
 from tests.support.tuning_machine import ROOT, TESTS, TOKEN, TuningMachine, machine, model_folders, undisturbed  # noqa: F401
@@ -559,7 +559,7 @@ def test_what_moefix_wrote_itself_leaves_no_trail(machine):
     machine.run()
     before = {path.name for path in (machine.package / FOLDER).iterdir()}
     newer = replace(
-        artefact, rows=tuple(replace(row, gate_up=LARGE, down=LARGE) for row in artefact.rows), seconds=31.0
+        artefact, rows=tuple(replace(row, tiles=RowTiles(LARGE, LARGE)) for row in artefact.rows), seconds=31.0
     )
     path = artefact_path(machine.home, artefact.environment, artefact.workload)
     path.write_text(newer.to_json())

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from fixer.artefacts.install import Pair, install_pair
+from fixer.artefacts.install import install_files
 from fixer.artefacts.shelf import artefact_path, find_artefact, save_artefact
 from fixer.base.files import write_atomically
 from fixer.base.locks import Lock
@@ -26,16 +26,17 @@ from fixer.sglang.tuning_files import parse_table, render_table
 from fixer.tuning.journal import Journal, RunKey
 from fixer.tuning.search.runner import Look
 from fixer.tuning.search.trials import Build, Outcome, Timing
-from fixer.workload import Kernel, Projection, Tile
+from fixer.workload import BOTH, Kernel, Tile
 from tests.support import fakes
 from tests.support.fuzz_samples import ARTEFACT, HERE, LAYER
+from tests.support.pairs import moe_files
 from tests.support.tuning_machine import TuningMachine, machine, undisturbed  # noqa: F401
 
 WRITING_ROUNDS, RACING_ROUNDS, TUNING_ROUNDS = 120, 50, 40
 
 UP, DOWN = "E=8,N=64,device_name=X.json", "E=8,N=64,device_name=X_down.json"
 PAIRS = tuple(
-    Pair(UP, DOWN, {m: Tile(16, n, 64, 1) for m in range(1, 200)}, {m: Tile(16, n, 128, 1) for m in range(1, 200)})
+    moe_files(UP, DOWN, {m: Tile(16, n, 64, 1) for m in range(1, 200)}, {m: Tile(16, n, 128, 1) for m in range(1, 200)})
     for n in (32, 64, 128)
 )
 ARTEFACTS = tuple(
@@ -88,7 +89,7 @@ def report(tmp_path, monkeypatch):
 
 
 def looks(chance: random.Random) -> Look:
-    kernel = Kernel(chance.choice(list(Projection)), Tile(16, 32, 64, chance.randrange(1, 400), 4, 3))
+    kernel = Kernel(chance.choice(BOTH), Tile(16, 32, 64, chance.randrange(1, 400), 4, 3))
     timings = tuple(Timing(kernel, tokens, 10.0 + tokens, 9.0, 3) for tokens in (1, 16, 512))
     return Look(Build(kernel, Outcome.OK, 4096, 40, 0, 0.5), timings)
 
@@ -107,7 +108,7 @@ def test_writers_killed_at_any_moment(tmp_path, capsys):
             case 0 | 1:
                 save_artefact(home, mine.choice(ARTEFACTS))
             case 2:
-                install_pair(folder, mine.choice(PAIRS), home, "0.5.17")
+                install_files(folder, mine.choice(PAIRS), home, "0.5.17")
             case 3:
                 journal = Journal(home / "journal.sqlite", KEY)
                 for _ in range(10):
@@ -149,7 +150,7 @@ def test_writers_killed_at_any_moment(tmp_path, capsys):
     assert known
     # Undisturbed, it ends as if nothing had been.
     save_artefact(home, ARTEFACTS[0])
-    install_pair(folder, PAIRS[0], home, "0.5.17")
+    install_files(folder, PAIRS[0], home, "0.5.17")
     assert find_artefact(home, HERE, LAYER).artefact == ARTEFACTS[0]
     assert (folder / UP).read_bytes() == render_table(PAIRS[0].gate_up)
     assert parse_table((folder / DOWN).read_bytes()) == PAIRS[0].down

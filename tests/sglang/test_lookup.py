@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fixer.base.errors import SGLangError
-from fixer.kernel.arguments import LaunchContext, Product, launch_arguments, operands
+from fixer.families.fused_moe.arguments import LaunchContext, Product, launch_arguments, operands
 from fixer.kernel.source import KERNELS, read_kernel_source
 from fixer.machine.cards import Card, find_card
 from fixer.model.config import load_model
@@ -176,7 +176,7 @@ BIG, SMALL = Tile(128, 256, 128, 32, 8, 4), Tile(64, 128, 256, 64, 4, 2)
 def test_the_default_goes_by_the_cards_shared_memory_from_0_5_14(trees, version, low, high):
     tree = trees[version]
     for card, tile in ((ADA, low), (HOPPER, high)):
-        lookup = replace(tree.lookup(QWEN, card), gate_up_path=None, down_path=None)
+        lookup = tree.lookup(QWEN, card).without_files
         assert own_choices(tree, lookup, QWEN, card)(8192).gate_up == tile
 
 

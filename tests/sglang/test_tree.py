@@ -181,21 +181,21 @@ def test_the_down_file_gets_the_gate_up_files_block_m(own_tree):
     assert choose(1).gate_up == ROW
     assert choose(1).down == Tile(16, 128, 128, 16, 8, 3, use_tma=True)
     assert choose(63).gate_up.block_m == choose(63).down.block_m == 64
-    assert (choose(1).gate_up_source, choose(1).down_source) == (str(up_path), str(down_path))
+    assert choose(1).sources == (str(up_path), str(down_path))
 
 
 def test_without_a_down_file_the_gate_up_rows_are_used_for_both(own_tree):
     path = put(own_tree.configs, "3_6_0", own_tree.file_name(QWEN, ADA, UP), {1: ROW})
     choice = own_choices(own_tree, own_tree.lookup(QWEN, ADA), QWEN, ADA)(7)
     assert (choice.gate_up, choice.down) == (ROW, ROW)
-    assert choice.gate_up_source == choice.down_source == str(path)
+    assert choice.sources == (str(path), str(path))
 
 
 def test_a_down_file_alone_runs_beside_the_default(own_tree):
     path = put(own_tree.configs, "3_6_0", own_tree.file_name(QWEN, ADA, DOWN), {1: ROW})
     choice = own_choices(own_tree, own_tree.lookup(QWEN, ADA), QWEN, ADA)(1)
-    assert (choice.gate_up, choice.gate_up_source) == (Tile(32, 64, 256, 1, 4, 4), "default")
-    assert (choice.down, choice.down_source) == (replace(ROW, block_m=32), str(path))
+    assert (choice.gate_up, choice.sources[0]) == (Tile(32, 64, 256, 1, 4, 4), "default")
+    assert (choice.down, choice.sources[1]) == (replace(ROW, block_m=32), str(path))
 
 
 @pytest.mark.parametrize(
@@ -220,11 +220,11 @@ def test_a_down_file_alone_runs_beside_the_default(own_tree):
 )
 def test_defaults(trees, version, card, workload, small, large):
     tree = trees[version]
-    choose = own_choices(tree, replace(tree.lookup(workload, card), gate_up_path=None, down_path=None), workload, card)
+    choose = own_choices(tree, tree.lookup(workload, card).without_files, workload, card)
     for tokens, tile in ((1, small), (workload.experts, small), (workload.experts + 1, large), (8192, large)):
         choice = choose(tokens)
         assert (choice.gate_up, choice.down) == (tile, tile)
-        assert (choice.gate_up_source, choice.down_source) == ("default", "default")
+        assert choice.sources == ("default", "default")
 
 
 # --- damaged files

@@ -15,6 +15,7 @@ from fixer.sglang.file_names import pairs_of_names
 from fixer.sglang.flags import parse_flags
 from fixer.sglang.tree import Tree
 from fixer.workload import Tile
+from tests.support.moe_rows import moe_row
 
 RTX_4090 = Card("NVIDIA GeForce RTX 4090", (8, 9), 101376, 24564, 0, "580.159.03")
 H100 = Card("NVIDIA H100 80GB HBM3", (9, 0), 232448, 81559, 0, "580.159.03")
@@ -26,7 +27,7 @@ def renamed(artefact: Artefact, **changes) -> Artefact:
     workload = changes.get("workload", artefact.workload)
     card = changes.get("environment", artefact.environment).card
     gate_up, down = pairs_of_names(workload, card)[0]
-    return replace(artefact, gate_up_file=gate_up, down_file=down, **changes)
+    return replace(artefact, files=(gate_up, down), **changes)
 
 
 def artefact_of(tree: Tree, argv: Sequence[str], card: Card, *, measured: bool = True, **environment) -> Artefact:
@@ -43,9 +44,9 @@ def artefact_of(tree: Tree, argv: Sequence[str], card: Card, *, measured: bool =
     def choice(row: int) -> RowChoice:
         up, down = (SMALL, SMALL) if row < 64 else (LARGE, replace(LARGE, block_n=64))
         if not measured:
-            return RowChoice(row, up, down, Decision.FITTING_ONLY)
+            return moe_row(row, up, down, Decision.FITTING_ONLY)
         own = 10.0 * (2 if row <= 8 else 1.25)
-        return RowChoice(row, up, down, Decision.TUNED, 10.0, 10.0, own, own, 0.001)
+        return moe_row(row, up, down, Decision.TUNED, 10.0, 10.0, own, own, 0.001)
 
     there = environment_of(tree, card if measured else replace(card, driver=""))
     return Artefact(
@@ -53,8 +54,7 @@ def artefact_of(tree: Tree, argv: Sequence[str], card: Card, *, measured: bool =
         model=model.name,
         revision="",
         workload=decision.workload,
-        gate_up_file=lookup.gate_up,
-        down_file=lookup.down,
+        files=(lookup.gate_up, lookup.down),
         rows=tuple(choice(row) for row in rows),
         created="2026-11-23T22:58:01Z",
         seconds=30.0 if measured else 0.0,

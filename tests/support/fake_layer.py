@@ -9,7 +9,7 @@ from zlib import crc32
 
 from fixer.base.errors import TuneError
 from fixer.tuning.duel import Duel, DuelRequest, Via
-from fixer.workload import TilePair
+from fixer.workload import RowTiles
 
 LOG, FAULTS = "FAKE_LAYER_LOG", "FAKE_LAYER_FAULTS"
 """Environment variables: where each request is written; JSON: M to a fault.
@@ -21,11 +21,11 @@ def layer(fast: int):
     """A handler for which tiles of that BLOCK_SIZE_M take a tenth less time at M of 64 and more."""
     faults = json.loads(os.environ.get(FAULTS, "{}"))
 
-    def microseconds(tokens: int, pair: TilePair) -> float:
+    def microseconds(tokens: int, pair: RowTiles) -> float:
         gain = 0.9 if tokens >= 64 and pair.gate_up.block_m == fast else 1.0
         return (20 + tokens / 4) * gain
 
-    def times(tokens: int, pair: TilePair) -> tuple[float, ...]:
+    def times(tokens: int, pair: RowTiles) -> tuple[float, ...]:
         base = microseconds(tokens, pair)
         return tuple(base * (1 + crc32(f"{tokens} {turn}".encode()) % 100 / 1e5) for turn in range(9))
 

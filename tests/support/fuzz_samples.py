@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from fixer.artefacts.artefact import Artefact, Decision, Environment, RowChoice
+from fixer.artefacts.artefact import Artefact, Decision, Environment
 from fixer.workload import NumberFormat, Tile, Workload
+from tests.support.moe_rows import moe_row
 
 HERE = Environment("NVIDIA H100 80GB HBM3", (9, 0), 232448, "580.159.03", "3.6.0", "0.5.17", "ab" * 32, "0.1.0")
 
@@ -28,7 +29,7 @@ ARTEFACT = Artefact(
     UP,
     DOWN,
     tuple(
-        RowChoice(batch, tile, tile, Decision.TUNED, 9.0, 8.0, 12.0, 11.0, 0.001)
+        moe_row(batch, tile, tile, Decision.TUNED, 9.0, 8.0, 12.0, 11.0, 0.001)
         for batch, tile in ((1, SMALL), (16, SMALL), (512, LARGE))
     ),
     "2026-11-23T22:58:01Z",

@@ -13,8 +13,9 @@ from fixer.bench.shelf import result_path, save_result
 from fixer.tuning.journal import Journal, RunKey
 from fixer.tuning.search.runner import Look
 from fixer.tuning.search.trials import Build, Outcome, Timing
-from fixer.workload import Kernel, Projection, Tile
+from fixer.workload import BOTH, Kernel, Tile
 from tests.support import fakes
+from tests.support.moe_rows import moe_row
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "h200"
 FP8 = RESULTS / "qwen3-30b-a3b-fp8-dynamic.artefact.json"
@@ -26,7 +27,7 @@ def real(path: Path = FP8) -> Artefact:
 
 
 def faster(batch: int, own: float = 100.0, tuned: float = 90.0, noise: float = 0.001) -> RowChoice:
-    return RowChoice(
+    return moe_row(
         batch,
         SMALL,
         SMALL,
@@ -42,17 +43,17 @@ def faster(batch: int, own: float = 100.0, tuned: float = 90.0, noise: float = 0
 
 
 def kept(batch: int, noise: float | None = 0.002) -> RowChoice:
-    return RowChoice(batch, LARGE, LARGE, Decision.KEPT_SGLANG, 50.0, 30.0, 50.0, 30.0, noise, 99.0, 99.0)
+    return moe_row(batch, LARGE, LARGE, Decision.KEPT_SGLANG, 50.0, 30.0, 50.0, 30.0, noise, 99.0, 99.0)
 
 
 def cured(batch: int) -> RowChoice:
     """SGLang's own does not run: only the winner was timed."""
-    return RowChoice(batch, SMALL, SMALL, Decision.FITTING_ONLY, 50.0, 30.0, layer_us=99.0)
+    return moe_row(batch, SMALL, SMALL, Decision.FITTING_ONLY, 50.0, 30.0, layer_us=99.0)
 
 
 def unjudged(batch: int) -> RowChoice:
     """The finals could not time it."""
-    return RowChoice(batch, LARGE, LARGE, Decision.FITTING_ONLY)
+    return moe_row(batch, LARGE, LARGE, Decision.FITTING_ONLY)
 
 
 def artefact_of(*rows: RowChoice, **changes) -> Artefact:
@@ -69,7 +70,7 @@ def looks(rows=(1, 16, 128), count: int = 60) -> list[Look]:
         for block_n in (128, 32, 64)
         for block_m in (32, 16)
     ][: count // 2]
-    kernels = [Kernel(projection, tile) for tile in tiles for projection in Projection]
+    kernels = [Kernel(projection, tile) for tile in tiles for projection in BOTH]
     found = []
     for place, kernel in enumerate(kernels):
         if place % 10 == 7:

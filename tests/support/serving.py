@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fixer.artefacts.artefact import Artefact, Decision, RowChoice
+from fixer.artefacts.artefact import Artefact, Decision
 from fixer.artefacts.environment import environment_of
 from fixer.artefacts.shelf import save_artefact
 from fixer.base.files import utc_now
@@ -28,6 +28,7 @@ from fixer.sglang.tuning_files import render_table
 from fixer.workload import Tile
 from tests.support import fakes
 from tests.support.fake_driver import build_driver
+from tests.support.moe_rows import moe_row
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -139,9 +140,7 @@ class Machine:
         lookup = tree.lookup(decision.workload, H100)
         rows = ladder(flags, H100, tree.version, decision.workload)
         choices = tuple(
-            RowChoice(
-                row, *((SMALL, SMALL) if row < 64 else (LARGE, LARGE)), Decision.TUNED, 9.0, 8.0, 12.0, 11.0, 0.001
-            )
+            moe_row(row, *((SMALL, SMALL) if row < 64 else (LARGE, LARGE)), Decision.TUNED, 9.0, 8.0, 12.0, 11.0, 0.001)
             for row in rows
         )
         artefact = Artefact(
@@ -149,8 +148,7 @@ class Machine:
             model="small",
             revision="",
             workload=decision.workload,
-            gate_up_file=lookup.gate_up,
-            down_file=lookup.down,
+            files=(lookup.gate_up, lookup.down),
             rows=choices,
             created=utc_now(),
             seconds=30.0,
@@ -200,6 +198,6 @@ def artefact_of(machine, **changes):
     workload = replace(artefact.workload, **changes)
     tree = tree_at(machine.package)
     lookup = tree.lookup(workload, H100)
-    other = replace(artefact, workload=workload, gate_up_file=lookup.gate_up, down_file=lookup.down)
+    other = replace(artefact, workload=workload, files=lookup.names)
     save_artefact(machine.home, other)
     return artefact, other

@@ -15,10 +15,10 @@ from fixer.machine.worker import ChildProcess, Fate
 from fixer.tuning import comparison
 from fixer.tuning.comparison import MOST_RESTARTS, LayerComparisons, Question
 from fixer.tuning.duel import Duel, DuelRequest, PairError, Via
-from fixer.workload import NumberFormat, Tile, TilePair, Workload
+from fixer.workload import NumberFormat, RowTiles, Tile, Workload
 from tests.support import fake_layer
 
-OWN, TUNED = (TilePair(Tile(size, 64, 64, 1), Tile(size, 64, 64, 1)) for size in (32, 16))
+OWN, TUNED = (RowTiles(Tile(size, 64, 64, 1), Tile(size, 64, 64, 1)) for size in (32, 16))
 BOTH = DuelRequest(3072, OWN, TUNED)
 QUESTION = Question(
     Path("/x/sglang"), Workload(8, 64, 128, 2, NumberFormat.FP8_W8A8, block_shape=(128, 128)), 0, 8192, Path("/x/cache")
@@ -61,7 +61,7 @@ def settle(behave, request=BOTH):
     return settled, notes, child
 
 
-def fails(*bad: TilePair, how=Fate.CRASHED, named=False):
+def fails(*bad: RowTiles, how=Fate.CRASHED, named=False):
     """Every request with one of these pairs fails."""
 
     def behave(pairs, _):

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from fixer.artefacts.artefact import Decision
 from fixer.tuning.duel import LEAST_GAIN, Duel, DuelRequest, KernelDuel, Via, rounds_for
 from fixer.tuning.row_choice import row_choice
-from fixer.workload import Tile, TilePair
+from fixer.workload import RowTiles, Tile
 
-TUNED = TilePair(Tile(16, 64, 128, 1, 4, 4), Tile(16, 128, 128, 1, 4, 4))
-OWN = TilePair(Tile(64, 64, 32, 8), Tile(64, 64, 32, 8))
-OWN_TMA = TilePair(Tile(64, 64, 32, 8), Tile(64, 64, 32, 8, use_tma=True))
+TUNED = RowTiles(Tile(16, 64, 128, 1, 4, 4), Tile(16, 128, 128, 1, 4, 4))
+OWN = RowTiles(Tile(64, 64, 32, 8), Tile(64, 64, 32, 8))
+OWN_TMA = RowTiles(Tile(64, 64, 32, 8), Tile(64, 64, 32, 8, use_tma=True))
 STEADY = tuple(1 + step / 10_000 for step in (-3, -2, -1, 0, 1, 2, 3))
 NOISY = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)
 

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fixer.kernel.arguments import Product, padded_tokens
+from fixer.families.fused_moe.arguments import Product, padded_tokens
 from fixer.kernel.cache import server_triton_cache
 from fixer.tuning.precompile import server_candidates
-from fixer.workload import BOTH, Projection, Tile, TilePair, Workload
+from fixer.workload import BOTH, Projection, RowTiles, Tile, Workload
 
-SMALL = TilePair(Tile(16, 64, 128, 1, 4, 4), Tile(16, 128, 128, 1, 4, 3))
-LARGE = TilePair(Tile(64, 128, 64, 16, 8, 3), Tile(64, 128, 64, 16, 8, 3))
+SMALL = RowTiles(Tile(16, 64, 128, 1, 4, 4), Tile(16, 128, 128, 1, 4, 3))
+LARGE = RowTiles(Tile(64, 128, 64, 16, 8, 3), Tile(64, 128, 64, 16, 8, 3))
 LAYER = Workload(8, 64, 128, 2)
 
 
@@ -105,7 +105,7 @@ def test_a_user_without_a_name_has_a_cache_too(monkeypatch):
 
 
 def test_before_a_down_kernel_with_descriptors_the_gate_up_kernel_sorts_its_output():
-    described = TilePair(LARGE.gate_up, Tile(64, 128, 64, 16, 8, 3, use_tma=True))
+    described = RowTiles(LARGE.gate_up, Tile(64, 128, 64, 16, 8, 3, use_tma=True))
     made = server_candidates(LAYER, {1: LARGE, 512: described}, 600)
     sorted_ups = [one for one in made if one.projection is Projection.GATE_UP and one.sorted_output]
     assert sorted_ups

@@ -11,12 +11,12 @@ from fixer.tuning.duel import Duel, DuelRequest, KernelDuel, Via
 from fixer.tuning.row_choice import Finals, described_pair
 from fixer.tuning.search.search import Search
 from fixer.tuning.search.trials import Timing
-from fixer.workload import Kernel, Projection, Tile, TilePair, Workload
+from fixer.workload import Kernel, Projection, RowTiles, Tile, Workload
 
 UP, DOWN = Projection.GATE_UP, Projection.DOWN
 LOW, TALL, TMA = Tile(16, 64, 64, 1), Tile(64, 64, 64, 1), Tile(16, 64, 64, 1, use_tma=True)
-FIRST, SECOND, DESCRIBED = TilePair(LOW, LOW), TilePair(TALL, TALL), TilePair(LOW, TMA)
-OWN = TilePair(Tile(32, 32, 64, 8), Tile(32, 32, 64, 8))
+FIRST, SECOND, DESCRIBED = RowTiles(LOW, LOW), RowTiles(TALL, TALL), RowTiles(LOW, TMA)
+OWN = RowTiles(Tile(32, 32, 64, 8), Tile(32, 32, 64, 8))
 M = 1024
 
 

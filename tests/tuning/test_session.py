@@ -29,7 +29,7 @@ from fixer.tuning.journal import Journal, RunKey
 from fixer.tuning.measure import card_runner
 from fixer.tuning.search.trials import Outcome
 from fixer.tuning.turn import turn
-from fixer.workload import Kernel, Projection, Tile
+from fixer.workload import BOTH, Kernel, Tile
 from tests.support import fake_layer, fakes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,7 +139,7 @@ def test_no_pair_that_was_measured_is_better_than_the_choice(package, home):
                 time_of = fakes.microseconds(kernel, row.batch)
                 of_height[kernel.projection] = min(of_height[kernel.projection], time_of)
         sums = [sum(times.values()) for times in best.values() if len(times) == 2]
-        assert row.gate_up_us + row.down_us == pytest.approx(min(sums))
+        assert row.us[0] + row.us[1] == pytest.approx(min(sums))
 
 
 def test_a_second_run_measures_nothing_and_fresh_measures_again(package, home, log):
@@ -248,11 +248,11 @@ def test_a_release_with_one_joint_file_gets_one_tile_for_both(trees, package, ho
     for row in artefact.rows:
         if row.decision is Decision.TUNED:
             sums = [
-                sum(fakes.microseconds(Kernel(projection, kernel.tile), row.batch) for projection in Projection)
+                sum(fakes.microseconds(Kernel(projection, kernel.tile), row.batch) for projection in BOTH)
                 for kernel in kernels
-                if all((Kernel(projection, kernel.tile), row.batch) in timed_rows for projection in Projection)
+                if all((Kernel(projection, kernel.tile), row.batch) in timed_rows for projection in BOTH)
             ]
-            assert row.gate_up_us + row.down_us == pytest.approx(min(sums))
+            assert row.us[0] + row.us[1] == pytest.approx(min(sums))
     assert Artefact.from_json(artefact.to_json()) == artefact
 
 

@@ -13,7 +13,7 @@ from itertools import pairwise
 from fixer.machine.cards import Card
 from fixer.sglang.flags import ServerFlags
 from fixer.sglang.releases import NEW, NEWEST, OLD, at_least, rules_for
-from fixer.workload import Workload
+from fixer.workload import AnyWorkload
 
 BASE_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)
 """What SGLang's own tuner measures (benchmark/kernels/fused_moe_triton/common_utils.py)."""
@@ -143,7 +143,7 @@ def prefill_graph_sizes(flags: ServerFlags, card: Card, release: str) -> tuple[i
     return tuple(size for start, stop, step in steps for size in range(start, stop, step) if size <= largest)
 
 
-def ladder(flags: ServerFlags, card: Card, release: str, workload: Workload) -> tuple[int, ...]:
+def ladder(flags: ServerFlags, card: Card, release: str, workload: AnyWorkload) -> tuple[int, ...]:
     """The rows to tune, ascending, at most `MAX_ROWS`.
 
     They hold what SGLang's tuner measures, the largest decode graph and prefill chunk of this server, and enough

@@ -63,9 +63,9 @@ def expectation(
         for up, down in [(Projection.GATE_UP, Projection.DOWN)]
         if on.decision.workload is not None
     )
-    roots = {tree.configs, tree.shipped_configs, *(each.gate_up_path.parent.parent for each in installations)}
+    roots = {tree.configs, tree.shipped_configs, *(each.folder.parent for each in installations)}
     return Expected(
-        pairs=tuple((str(each.gate_up_path), str(each.down_path) if reads_down else "") for each in installations),
+        pairs=tuple((str(each.paths[0]), str(each.paths[-1]) if reads_down else "") for each in installations),
         names=(*names, *known),
         reads_down=reads_down,
         asks=first.outcome in LOOKS,

@@ -14,7 +14,9 @@ import torch
 
 from fixer.base.errors import CardError, TuneError
 from fixer.base.progress import tell
-from fixer.kernel.arguments import LaunchContext, Product, Role, launch_arguments, padded_tokens
+from fixer.families.fused_moe.arguments import LaunchContext, Product, Role, launch_arguments, padded_tokens
+from fixer.families.fused_moe.family import FUSED_MOE
+from fixer.families.fused_moe.routing import MIX, Routing
 from fixer.kernel.compile import (
     Candidate,
     complaint,
@@ -24,15 +26,13 @@ from fixer.kernel.compile import (
     tensor_descriptors,
     warm_kernel,
 )
-from fixer.kernel.space import AXES
 from fixer.tuning.duel import Duel, KernelDuel, Via, rounds_for
 from fixer.tuning.measure.clock import Call, Clock, Graph
 from fixer.tuning.measure.memory import COLD_FACTOR, needed_bytes, rotations, smallest_rotation, with_spare
 from fixer.tuning.measure.requests import LOOK_REPLAYS, Setup
-from fixer.tuning.measure.routing import MIX, Routing
 from fixer.tuning.measure.tensors import Aligned, Layer, align, l2_bytes, make_layer, reference, relative_error, route
 from fixer.tuning.search.trials import Build, Outcome, Timing
-from fixer.workload import BOTH, Kernel, Projection, TilePair
+from fixer.workload import BOTH, Kernel, Projection, RowTiles
 
 MAX_ERROR = 0.02
 """Relative Frobenius norm against the float32 reference; right kernels come to 0.002 to 0.004."""
@@ -53,7 +53,7 @@ needs no graph, and one launch says enough of a hopeless kernel."""
 LOOK_BUDGET = 5_000.0
 """Microseconds that a first look's replays may take where a single one is shorter."""
 
-TALLEST = max(AXES["block_m"])
+TALLEST = max(FUSED_MOE.axis["block_m"].values)
 
 FEWEST_TURNS = 3
 TURN_BUDGET = 7_500.0
@@ -271,7 +271,7 @@ class Bench:
             del self._graphs[next(iter(self._graphs))]
         return graph
 
-    def duel(self, tokens: int, own: TilePair | None, tuned: TilePair) -> KernelDuel | Build:
+    def duel(self, tokens: int, own: RowTiles | None, tuned: RowTiles) -> KernelDuel | Build:
         """Time two pairs in turn for one row, kernel by kernel.
 
         Returns:
@@ -289,7 +289,7 @@ class Bench:
         rounds = rounds_for(sum(times[0] * graph.launches for times, graph in zip(first, graphs, strict=True)))
         times = dict(zip(kernels, self._clock.replay(graphs, rounds), strict=True))
 
-        def sums(pair: TilePair) -> tuple[float, ...]:
+        def sums(pair: RowTiles) -> tuple[float, ...]:
             return tuple(up + down for up, down in zip(*(times[kernel] for kernel in pair.kernels), strict=True))
 
         medians = {kernel: statistics.median(values) for kernel, values in times.items()}

@@ -12,16 +12,16 @@ import torch
 
 from fixer.base.errors import CardError
 from fixer.base.text import told
-from fixer.kernel.arguments import Product, Role
+from fixer.families.fused_moe.arguments import Product, Role
+from fixer.families.fused_moe.routing import MIX
 from fixer.machine.worker import Handler
 from fixer.sglang.layer import LayerWeights, OwnLayer
 from fixer.tuning.duel import Duel, DuelRequest, PairError, Via, rounds_for
 from fixer.tuning.layer_check import MOST_APART, LayerInputs, layer_reference, most_off, poisoned, sample_of, wrong_by
 from fixer.tuning.measure.clock import Call, Clock, Graph
 from fixer.tuning.measure.memory import ANY_TILE, layer_room
-from fixer.tuning.measure.routing import MIX
 from fixer.tuning.measure.tensors import TORCH_TYPES, Layer, l2_bytes, make_layer, route
-from fixer.workload import BOTH, NumberFormat, TilePair, Workload
+from fixer.workload import BOTH, NumberFormat, RowTiles, Workload
 
 SCALES = {Role.B_SCALE: "scale", Role.B_ZERO_POINT: "zp"}
 """How SGLang names a projection's scales: w1_scale, w1_zp, w2_scale, w2_zp."""
@@ -76,7 +76,7 @@ class LayerBench:
 
     def warm_up(self) -> None:
         """Run it once: that builds SGLang's own CUDA kernels (quantisation, activation) while the search still runs."""
-        self._clock.run(self._call(TilePair(ANY_TILE, ANY_TILE), self._inputs(1, 0)))
+        self._clock.run(self._call(RowTiles(ANY_TILE, ANY_TILE), self._inputs(1, 0)))
 
     # ---- tensors
 
@@ -110,7 +110,7 @@ class LayerBench:
         topk_weights = torch.rand(topk_ids.shape, generator=generator, device=topk_ids.device)
         return LayerInputs(self._source[:tokens], topk_ids, topk_weights, turn)
 
-    def _call(self, pair: TilePair, inputs: LayerInputs) -> Call:
+    def _call(self, pair: RowTiles, inputs: LayerInputs) -> Call:
         weights = self._weights[inputs.turn % len(self._weights)]
         tiles = (pair.gate_up, pair.down)
         return Call(self._layer, (tiles, inputs.hidden, weights, inputs.topk_weights, inputs.topk_ids))
@@ -166,7 +166,7 @@ class LayerBench:
                 raise self._wrong(request.tuned, request.tokens, turn, f"{apart:.3g} apart from SGLang's own")
         return results[0]
 
-    def _run(self, pair: TilePair, inputs: LayerInputs) -> torch.Tensor:
+    def _run(self, pair: RowTiles, inputs: LayerInputs) -> torch.Tensor:
         try:
             with poisoned():
                 out: torch.Tensor = self._clock.run(self._call(pair, inputs))
@@ -174,7 +174,7 @@ class LayerBench:
             raise PairError(pair, f"SGLang's layer failed at M={len(inputs.hidden)}: {told(error)}") from error
         return out
 
-    def _check_replayed(self, pair: TilePair, graph: Graph, expected: list[torch.Tensor], tokens: int) -> None:
+    def _check_replayed(self, pair: RowTiles, graph: Graph, expected: list[torch.Tensor], tokens: int) -> None:
         """Whether what was timed computed what was meant: a graph that reads other memory shows here."""
         for turn, (out, right) in enumerate(zip(graph.results, expected, strict=True)):
             off = wrong_by(out, right)
@@ -182,7 +182,7 @@ class LayerBench:
                 raise self._wrong(pair, tokens, turn, f"its replay is off by {off:.3g}")
 
     @staticmethod
-    def _wrong(pair: TilePair, tokens: int, turn: int, what: str) -> PairError:
+    def _wrong(pair: RowTiles, tokens: int, turn: int, what: str) -> PairError:
         routing = MIX[turn % len(MIX)].value
         return PairError(pair, f"SGLang's layer computes wrong numbers at M={tokens} ({routing} routing): {what}")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from fixer.kernel.arguments import Operand, Product, Role, operands
+from fixer.families.fused_moe.arguments import Operand, Product, Role, operands
 from fixer.workload import BOTH, Projection, Tile, Workload
 
 COLD_FACTOR = 4

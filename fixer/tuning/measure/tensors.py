@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from fixer.kernel.arguments import Operand, Product, Role
+from fixer.families.fused_moe.arguments import Operand, Product, Role
+from fixer.families.fused_moe.routing import Routing, popularity
 from fixer.tuning.measure.memory import layer_operands
-from fixer.tuning.measure.routing import Routing, popularity
 from fixer.workload import NumberFormat, Workload
 
 TORCH_TYPES: Mapping[str, torch.dtype] = {

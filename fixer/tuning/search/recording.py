@@ -9,33 +9,25 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fixer.base.files import write_atomically
+from fixer.families.family import Family
+from fixer.families.registry import UNNAMED
 from fixer.tuning.search.runner import Look
 from fixer.tuning.search.trials import Timing
-from fixer.workload import Projection
 
-COLUMNS = (
-    "phase",
-    "M",
-    "BLOCK_SIZE_M",
-    "BLOCK_SIZE_N",
-    "BLOCK_SIZE_K",
-    "GROUP_SIZE_M",
-    "num_warps",
-    "num_stages",
-    "us",
-    "us_min",
-    "rough",
-    "shared_bytes",
-    "regs",
-    "spills",
-    "compile_s",
-    "USE_TMA",
-)
-PHASES = {Projection.GATE_UP: "up", Projection.DOWN: "down"}
+MEASURED = ("us", "us_min", "rough", "shared_bytes", "regs", "spills", "compile_s", "USE_TMA")
 
 
-def write_recording(path: Path, looks: Iterable[Look], timings: Iterable[Timing]) -> int:
-    """Write a gzipped CSV of every timed (kernel, row); how many there are.
+def columns_of(family: Family) -> tuple[str, ...]:
+    """The columns of a family's recording: product, M, the tile's axes, what was measured."""
+    return ("phase", "M", *(axis.key for axis in family.axes), *MEASURED)
+
+
+COLUMNS = columns_of(UNNAMED)
+"""The fused MoE kernel's."""
+
+
+def write_recording(path: Path, looks: Iterable[Look], timings: Iterable[Timing], family: Family = UNNAMED) -> int:
+    """Write a gzipped CSV of every timed (kernel, row) of a family; how many there are.
 
     Raises:
         StoreError: it cannot be written.
@@ -43,20 +35,16 @@ def write_recording(path: Path, looks: Iterable[Look], timings: Iterable[Timing]
     builds = {look.build.kernel: look.build for look in looks}
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(COLUMNS)
+    table.writerow(columns_of(family))
+    phases = dict(zip(family.products, family.phases, strict=True))
     count = 0
     for timing in sorted(timings, key=lambda t: (t.kernel.projection.value, t.tokens, t.kernel.tile)):
         build, tile = builds[timing.kernel], timing.kernel.tile
         table.writerow(
             [
-                PHASES[timing.kernel.projection],
+                phases[timing.kernel.projection],
                 timing.tokens,
-                tile.block_m,
-                tile.block_n,
-                tile.block_k,
-                tile.group_m,
-                tile.num_warps,
-                tile.num_stages,
+                *(getattr(tile, axis.name) for axis in family.axes),
                 round(timing.microseconds, 2),
                 round(timing.least, 2),
                 int(timing.replays == 1),

@@ -16,14 +16,16 @@ from pathlib import Path
 from typing import TextIO
 
 from fixer.base.errors import UsageError
+from fixer.families.family import Family
+from fixer.families.registry import UNNAMED
 from fixer.tuning.search.runner import Look, More, Request
 from fixer.tuning.search.search import Pair, Search
 from fixer.tuning.search.trials import Build, Outcome, Timing
-from fixer.workload import BOTH, Kernel, Projection, Tile
+from fixer.workload import Kernel, Projection, Tile
 
-TILE_COLUMNS = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BLOCK_SIZE_K", "GROUP_SIZE_M", "num_warps", "num_stages")
+TILE_COLUMNS = tuple(axis.key for axis in UNNAMED.axes)
 REQUIRED_COLUMNS = ("phase", "M", *TILE_COLUMNS, "us")
-PHASES: Mapping[str, Projection] = {"up": Projection.GATE_UP, "down": Projection.DOWN}
+"""The fused MoE kernel's; another family has its own axes."""
 
 REPLAYS = 3
 """A recorded time is the median of so many replays, or of one where the column `rough` says 1."""
@@ -52,26 +54,36 @@ class Recording:
     Attributes:
         kernels: what was recorded, whether or not it is within the limit.
         limit: bytes of shared memory that a kernel may need, None for no limit.
+        family: whose kernels they are.
     """
 
     kernels: Mapping[Kernel, Recorded]
     limit: int | None = None
+    family: Family = UNNAMED
 
     @classmethod
-    def read(cls, path: Path, limit: int | None = None, limit_column: str = "shared_bytes") -> Recording:
+    def read(
+        cls,
+        path: Path,
+        limit: int | None = None,
+        limit_column: str = "shared_bytes",
+        family: Family = UNNAMED,
+    ) -> Recording:
         """Read a recording.
 
         Args:
             path: a CSV file, gzipped or not.
             limit: only kernels of at most so many bytes may be chosen.
             limit_column: the column that the limit applies to.
+            family: whose kernels were recorded.
 
         Raises:
             UsageError: the file cannot be read, lacks a column, or a line makes no sense (its number is named).
         """
         try:
             with _open(path) as lines:
-                return cls(_read_kernels(path, lines, limit_column if limit is not None else None), limit)
+                kernels = _read_kernels(path, lines, limit_column if limit is not None else None, family)
+                return cls(kernels, limit, family)
         except (OSError, EOFError, UnicodeDecodeError, zlib.error, csv.Error) as error:
             raise UsageError(f"{path} cannot be read as a recording: {error}", _HINT) from error
 
@@ -84,13 +96,13 @@ class Recording:
     def projections(self) -> tuple[Projection, ...]:
         """The projections that were recorded, in the order in which a layer runs them."""
         present = {kernel.projection for kernel in self.kernels}
-        return tuple(projection for projection in BOTH if projection in present)
+        return tuple(projection for projection in self.family.products if projection in present)
 
     @cached_property
     def axes(self) -> Mapping[str, frozenset[int]]:
         """The values of each of the tile's fields that were recorded."""
         tiles = [kernel.tile for kernel in self.kernels]
-        return {name: frozenset(getattr(tile, name) for tile in tiles) for name in _TILE_FIELDS}
+        return {name: frozenset(getattr(tile, name) for tile in tiles) for name in self.family.axis}
 
     def covers(self, tile: Tile) -> bool:
         """Whether every value of a tile is one that was recorded: whether the recorded space has it in its grid."""
@@ -120,7 +132,6 @@ class Recording:
 
 
 _HINT = "shared/landscapes/README.md describes the format."
-_TILE_FIELDS = ("block_m", "block_n", "block_k", "group_m", "num_warps", "num_stages")
 
 
 def _open(path: Path) -> TextIO:
@@ -140,17 +151,17 @@ class _Lines:
     limited_bytes: int = 0
 
 
-def _read_kernels(path: Path, lines: Iterable[str], limit_column: str | None) -> dict[Kernel, Recorded]:
+def _read_kernels(path: Path, lines: Iterable[str], limit_column: str | None, family: Family) -> dict[Kernel, Recorded]:
     reader = csv.DictReader(lines, strict=True)
     columns = reader.fieldnames or []
-    needed = [*REQUIRED_COLUMNS, *([limit_column] if limit_column else [])]
+    needed = ["phase", "M", *(axis.key for axis in family.axes), "us", *([limit_column] if limit_column else [])]
     missing = [column for column in needed if column not in columns]
     if missing:
         raise UsageError(f"{path} lacks the column {', '.join(missing)}.", _HINT)
     gathered: dict[Kernel, _Lines] = {}
     for line in reader:
         try:
-            _gather(gathered, line, limit_column)
+            _gather(gathered, line, limit_column, family)
         except (TypeError, ValueError) as error:
             raise UsageError(f"{path}, line {reader.line_num}: {error}", _HINT) from error
     if not gathered:
@@ -160,16 +171,17 @@ def _read_kernels(path: Path, lines: Iterable[str], limit_column: str | None) ->
     }
 
 
-def _gather(gathered: dict[Kernel, _Lines], line: Mapping[str, str], limit_column: str | None) -> None:
+def _gather(gathered: dict[Kernel, _Lines], line: Mapping[str, str], limit_column: str | None, family: Family) -> None:
     """Add one line.
 
     Raises:
         ValueError, TypeError: a value is missing or makes no sense.
     """
-    if line["phase"] not in PHASES:
-        raise ValueError(f"phase is {line['phase']!r}, neither up nor down")
-    tile = Tile.from_json({name: _whole(line, name) for name in TILE_COLUMNS})
-    kernel = Kernel(PHASES[line["phase"]], replace(tile, use_tma=line.get("USE_TMA") == "1"))
+    phases = dict(zip(family.phases, family.products, strict=True))
+    if line["phase"] not in phases:
+        raise ValueError(f"phase is {line['phase']!r}, none of {', '.join(phases)}")
+    tile = family.tile_of({axis.key: _whole(line, axis.key) for axis in family.axes})
+    kernel = Kernel(phases[line["phase"]], replace(tile, use_tma=line.get("USE_TMA") == "1"))
     tokens, microseconds = _whole(line, "M"), _time(line, "us")
     of = gathered.setdefault(kernel, _Lines())
     if tokens in of.timings:

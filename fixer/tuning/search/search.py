@@ -2,8 +2,8 @@
 
 Seeds first, then one-step neighbours of each row's best, in rounds. Which neighbours: those with the greatest expected
 improvement, where what a step brings is learnt from every pair of measured tiles that the same step separates. The
-gate-up and down projections have files of their own but share BLOCK_SIZE_M, so a row's choice is the pair with the
-least sum among pairs of equal BLOCK_SIZE_M.
+products of a family have files of their own but share BLOCK_SIZE_M, so a row's choice is the set of tiles with the
+least sum among those of equal BLOCK_SIZE_M.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from fixer.kernel.space import AXES, Space, Step, impossible_after, makes_sense, tokens_per_expert
+from fixer.families.registry import family_of
+from fixer.kernel.space import Space, Step, impossible_after
 from fixer.tuning.search.prediction import CROWDED_GROUP, PRIORS, Prediction, effect_of, together
 from fixer.tuning.search.seeds import anchors
 from fixer.tuning.search.trials import Build, Outcome, Timing
-from fixer.workload import BOTH, Kernel, Projection, Tile, Workload
+from fixer.workload import AnyWorkload, Kernel, Projection, RowTiles, Tile
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class Pair:
-    """A row's choice and its time in microseconds, both projections together."""
+    """A row's choice and its time in microseconds, all products together."""
 
     tiles: Mapping[Projection, Tile]
     microseconds: float
+
+    @property
+    def row(self) -> RowTiles:
+        """The tiles in the order of the products."""
+        return RowTiles(*self.tiles.values())
 
 
 NEAR = 0.06
@@ -83,23 +89,25 @@ class Search:
         rows: the batch sizes M to choose for.
         seeds: configurations, the most promising first.
         must: configurations that are tried whatever they seem worth (SGLang's own).
-        projections: which projections are timed (a recording may have one only).
+        projections: which products are timed, all of the family's where none is named (a recording may have one only).
         descriptors: the projections that may load through tensor descriptors.
         joint: one configuration serves both projections, as in releases that read one file.
         shape_known: False where the workload's E, N and top-k are a guess: then only what was timed rules rows out.
     """
 
-    workload: Workload
+    workload: AnyWorkload
     rows: Sequence[int]
     seeds: Sequence[Tile]
     must: Sequence[Tile] = ()
     limits: Limits = field(default_factory=Limits)
-    projections: Sequence[Projection] = BOTH
+    projections: Sequence[Projection] = ()
     shape_known: bool = True
     descriptors: frozenset[Projection] = frozenset()
     joint: bool = False
 
     def __post_init__(self) -> None:
+        self._family = family_of(self.workload)
+        self.projections = self.projections or self._family.products
         self._space = Space(self.workload, self.descriptors)
         self._asked: dict[Kernel, None] = {}
         self._refused: dict[Kernel, None] = {}
@@ -122,7 +130,7 @@ class Search:
     def _makes_sense(self, tile: Tile, tokens: int) -> bool:
         if tile.block_m in self._hopeless.get(tokens, ()):
             return False
-        return not self.shape_known or makes_sense(tile, self.workload, tokens)
+        return not self.shape_known or self._family.makes_sense(tile, self.workload, tokens)
 
     # ---- what is learnt
 
@@ -170,7 +178,7 @@ class Search:
         """SGLang's own, some of every sensible BLOCK_SIZE_M, then the seeds in their order."""
         seeds = [tile for tile in self.seeds if self.sensible_rows(tile)]
         tiles = dict.fromkeys(tile for tile in self.must if not tile.use_tma)
-        for block_m in AXES["block_m"]:
+        for block_m in self._family.axis["block_m"].values:
             tiles.update(dict.fromkeys([tile for tile in seeds if tile.block_m == block_m][:OF_EACH_HEIGHT]))
             tiles.update(dict.fromkeys(self._plain(block_m, seeds)))
         room = max(0, self.limits.seeds - len(tiles))
@@ -209,7 +217,11 @@ class Search:
         """For what did not fit, the same with fewer stages: what won on a larger card often wins so on a smaller."""
         for refused in [kernel for kernel in self._refused if kernel not in self._repaired]:
             self._repaired.add(refused)
-            fewer = [stages for stages in reversed(AXES["num_stages"]) if stages < refused.tile.num_stages]
+            fewer = [
+                stages
+                for stages in reversed(self._family.axis["num_stages"].values)
+                if stages < refused.tile.num_stages
+            ]
             for stages in fewer:
                 repaired = Kernel(refused.projection, replace(refused.tile, num_stages=stages))
                 if repaired in self._asked:
@@ -298,7 +310,7 @@ class Search:
         return seen
 
     def _prior(self, step: Step, tile: Tile, tokens: int) -> Prediction:
-        if step.axis == "group_m" and tokens_per_expert(self.workload, tokens) > tile.block_m:
+        if step.axis == "group_m" and self._family.block_rows(self.workload, tokens) > tile.block_m:
             return CROWDED_GROUP
         return PRIORS[step.axis]
 

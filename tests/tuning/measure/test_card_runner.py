@@ -19,7 +19,7 @@ from fixer.tuning.measure.card_runner import CardRunner
 from fixer.tuning.measure.requests import LOOK_REPLAYS
 from fixer.tuning.search.runner import Request
 from fixer.tuning.search.trials import Outcome
-from fixer.workload import Projection, Tile, TilePair, Workload
+from fixer.workload import Projection, RowTiles, Tile, Workload
 from tests.support import fakes
 
 LAYER = Workload(8, 64, 128, 2)
@@ -190,7 +190,7 @@ def test_a_closer_look_that_dies_has_no_answer_and_the_others_have(make, monkeyp
 
 
 def test_a_duel(make):
-    pair, own = TilePair(A.tile, A.tile), TilePair(C.tile, C.tile)
+    pair, own = RowTiles(A.tile, A.tile), RowTiles(C.tile, C.tile)
     with make() as runner:
         answer = runner.duel(DuelRequest(16, own, pair))
     assert answer.duel.tokens == 16

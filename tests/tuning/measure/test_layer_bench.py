@@ -12,14 +12,14 @@ from fixer.base.errors import CardError
 from fixer.tuning.duel import DuelRequest, PairError, Via
 from fixer.tuning.measure import layer_bench
 from fixer.tuning.measure.layer_bench import LayerBench, LayerSetup
-from fixer.workload import Tile, TilePair, Workload
+from fixer.workload import RowTiles, Tile, Workload
 from tests.support import fake_fused_moe as fake
 
 SMALL = Workload(6, 16, 32, 2)
 
 
-def pair(group: int) -> TilePair:
-    return TilePair(Tile(16, 32, 64, group), Tile(16, 32, 64, group))
+def pair(group: int) -> RowTiles:
+    return RowTiles(Tile(16, 32, 64, group), Tile(16, 32, 64, group))
 
 
 RIGHT, SLOW = pair(fake.RIGHT), pair(fake.SLOW)

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fixer.kernel.arguments import Product
+from fixer.families.fused_moe.arguments import Product
+from fixer.families.fused_moe.routing import Routing
 from fixer.tuning.layer_check import LayerInputs, layer_reference, most_off, poisoned, sample_of, wrong_by
-from fixer.tuning.measure.routing import Routing
 from fixer.tuning.measure.tensors import expert_weights, make_layer, route
-from fixer.workload import NumberFormat, Projection, Workload
+from fixer.workload import BOTH, NumberFormat, Projection, Workload
 
 BASE = Workload(4, 12, 20, 2)
 LAYERS = {
@@ -27,7 +27,7 @@ LAYERS = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_reference_is_the_layer_written_out(name):
     workload, generator = LAYERS[name], torch.Generator().manual_seed(1)
-    up, down = (make_layer(Product(workload, projection, 1), 2, generator) for projection in Projection)
+    up, down = (make_layer(Product(workload, projection, 1), 2, generator) for projection in BOTH)
     ids = route(Routing.ZIPF, 9, workload, generator)
     inputs = LayerInputs(torch.randn(9, 20, generator=generator), ids, torch.rand(ids.shape, generator=generator), 1)
     tokens = torch.tensor([8, 0, 3])

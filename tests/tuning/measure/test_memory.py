@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fixer.kernel.arguments import Product
+from fixer.families.fused_moe.arguments import Product
 from fixer.tuning.measure.memory import (
     COLD_FACTOR,
     full_rotation,

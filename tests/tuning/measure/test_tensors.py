@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fixer.kernel.arguments import Operand, Product, Role, operands, padded_tokens
+from fixer.families.fused_moe.arguments import Operand, Product, Role, operands, padded_tokens
+from fixer.families.fused_moe.routing import MIX, Routing
 from fixer.tuning.measure.memory import Rotation, needed_bytes
-from fixer.tuning.measure.routing import MIX, Routing
 from fixer.tuning.measure.tensors import (
     align,
     choose_experts,
@@ -22,7 +22,7 @@ from fixer.tuning.measure.tensors import (
     relative_error,
     route,
 )
-from fixer.workload import NumberFormat, Projection, Tile, Workload
+from fixer.workload import BOTH, NumberFormat, Projection, Tile, Workload
 
 BASE = Workload(4, 12, 20, 2)
 LAYERS = {
@@ -220,7 +220,7 @@ def stored_activation(layer, row, k):
     return value * float(scale[row, k // layer.product.workload.block_shape[1] if scale.shape[1] > 1 else 0])
 
 
-@pytest.mark.parametrize("projection", list(Projection))
+@pytest.mark.parametrize("projection", BOTH)
 @pytest.mark.parametrize("name", list(LAYERS))
 def test_the_reference_is_what_loops_compute(name, projection):
     workload, tokens = LAYERS[name], 3
@@ -241,7 +241,7 @@ def test_the_reference_is_what_loops_compute(name, projection):
 # --- operands
 
 
-@pytest.mark.parametrize("projection", list(Projection))
+@pytest.mark.parametrize("projection", BOTH)
 @pytest.mark.parametrize("name", list(LAYERS))
 def test_a_launch_for_fewer_tokens_gets_the_shapes_that_it_would_have_alone(name, projection):
     workload = LAYERS[name]
@@ -268,14 +268,14 @@ def test_consecutive_launches_use_different_weights():
 @pytest.mark.parametrize("name", list(LAYERS))
 def test_the_memory_that_layers_take_is_known_before(name, experts):
     workload, copies = LAYERS[name], 2
-    products = tuple(Product(workload, projection, 5) for projection in Projection)
+    products = tuple(Product(workload, projection, 5) for projection in BOTH)
     layers = [make_layer(product, copies, generator(), experts) for product in products]
     real = sum(tensor.nbytes for layer in layers for tensor in (*layer.weights, *layer.tensors.values()))
     lists = 2 * (16 + 1 + 1) * 4  # sorted tokens, experts and their count belong to a launch, not to the layer
     assert sum(needed_bytes(product, Rotation(copies, experts)) for product in products) == real + lists
 
 
-@pytest.mark.parametrize("projection", list(Projection))
+@pytest.mark.parametrize("projection", BOTH)
 @pytest.mark.parametrize("name", list(LAYERS))
 def test_experts_without_weights_of_their_own_read_others(name, projection):
     """A layer with weights for three of four experts is the layer whose fourth expert is the first one again."""

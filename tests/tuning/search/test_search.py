@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fixer.kernel.space import AXES, DESCRIPTOR_TOKENS, Space, impossible_after, makes_sense
+from fixer.families.fused_moe.rules import DESCRIPTOR_TOKENS, makes_sense
+from fixer.kernel.space import Space, impossible_after
 from fixer.tuning.search.prediction import Prediction
 from fixer.tuning.search.search import Limits, Pair, Search
 from fixer.tuning.search.trials import Build, Outcome, Timing
 from fixer.workload import BOTH, Kernel, NumberFormat, Projection, Tile, Workload
+from tests.support.moe_space import AXES
 
 QWEN = Workload(128, 768, 2048, 8, NumberFormat.FP8_W8A8)
 MIXTRAL = Workload(8, 14336, 4096, 2)

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from fixer.kernel.space import AXES, Space
+from fixer.families.fused_moe.seeds import RELATED
+from fixer.kernel.space import Space
 from fixer.machine.cards import Card
 from fixer.sglang.tree import TuningFile
-from fixer.tuning.search.seeds import RELATED, anchors, seeds
+from fixer.tuning.search.seeds import anchors, seeds
 from fixer.workload import NumberFormat, Projection, Tile, Workload
+from tests.support.moe_space import AXES
 
 ADA = Card("NVIDIA GeForce RTX 4090", (8, 9), 101376, 24564)
 HOPPER = Card("NVIDIA H100 80GB HBM3", (9, 0), 232448, 81559)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fixer.base.errors import SGLangError
-from fixer.kernel.arguments import (
+from fixer.families.fused_moe.arguments import (
     LaunchContext,
     Operand,
     Product,
@@ -30,7 +30,7 @@ from fixer.kernel.compile import Target, swaps_operands
 from fixer.kernel.source import read_kernel_source
 from fixer.sglang.releases import KNOWN_RELEASES, RELEASES
 from fixer.tuning.measure.tensors import TORCH_TYPES
-from fixer.workload import NumberFormat, Projection, Tile, Workload
+from fixer.workload import BOTH, NumberFormat, Projection, Tile, Workload
 
 UP, DOWN = Projection.GATE_UP, Projection.DOWN
 TILE = Tile(16, 64, 32, 8, 4, 3)
@@ -173,7 +173,7 @@ def comparable(arguments):
     }
 
 
-@pytest.mark.parametrize("projection", list(Projection))
+@pytest.mark.parametrize("projection", BOTH)
 @pytest.mark.parametrize("name", list(WORKLOADS))
 @pytest.mark.parametrize("version", KNOWN_RELEASES)
 def test_every_argument_is_what_sglang_passes(trees, version, name, projection):
@@ -205,7 +205,7 @@ def assert_same_arguments(tree, workload, product, arch, card):
 def test_even_ks_is_sglangs_even_where_its_packed_weights_are_shorter_than_k(trees, version, name, block_k):
     workload = replace(WORKLOADS[name], hidden_size=192)
     tile = replace(TILE, block_k=block_k)
-    for projection in Projection:
+    for projection in BOTH:
         theirs, tensors, names = sglang_arguments(trees[version], workload, projection, 5, tile, 89)
         context = LaunchContext(89, workload.activation_dtype)
         mine = launch_arguments(names, Product(workload, projection, 5), tile, tensors, context)
@@ -215,7 +215,7 @@ def test_even_ks_is_sglangs_even_where_its_packed_weights_are_shorter_than_k(tre
 # --- shapes stand in for tensors
 
 
-@pytest.mark.parametrize("projection", list(Projection))
+@pytest.mark.parametrize("projection", BOTH)
 @pytest.mark.parametrize("name", list(WORKLOADS))
 def test_shapes_give_the_same_arguments_as_tensors(name, projection):
     workload = WORKLOADS[name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fixer.tuning.measure.routing import MIX, Routing, chances, popularity
+from fixer.families.fused_moe.routing import MIX, Routing, chances, popularity
 from fixer.tuning.measure.tensors import choose_experts
 
 
