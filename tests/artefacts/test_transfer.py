@@ -208,7 +208,7 @@ def test_the_plain_pair(artefact, tmp_path):
     assert [path.name for path in written.paths] == [artefact.gate_up_file, artefact.down_file]
     assert {path.name for path in tmp_path.iterdir()} == {artefact.gate_up_file, artefact.down_file}
     pair = TunedFiles.of(artefact)
-    assert [path.read_bytes() for path in written.paths] == [render_table(pair.gate_up), render_table(pair.down)]
+    assert [path.read_bytes() for path in written.paths] == [*map(render_table, pair.tables)]
     assert "configs/triton_3_6_0" in written.notes[0]
 
 

@@ -188,7 +188,7 @@ def test_every_argument_is_what_sglang_passes(trees, version, name, projection):
 def test_every_release_gets_what_it_passes(trees, version):
     formats = ("bf16", "fp16-ungated", "fp8-tensor", "fp8-channel", "fp8-block", "int8-channel", "int4-zero")
     cards = ((89, "NVIDIA L40S"), (90, "NVIDIA H100 80GB HBM3"), (90, "NVIDIA H20"))
-    for name, projection, (arch, card) in itertools.product(formats, Projection, cards):
+    for name, projection, (arch, card) in itertools.product(formats, BOTH, cards):
         assert_same_arguments(trees[version], WORKLOADS[name], Product(WORKLOADS[name], projection, 5), arch, card)
 
 
