@@ -44,6 +44,15 @@ _DAMAGED = (sqlite3.DatabaseError, UnicodeDecodeError)
 """What a damaged file raises; the second one is of SQLite's own complaint, which may quote it."""
 
 _MOST_SHARED_BYTES = 1 << 24
+_ARGUMENTS_CODE = (
+    "kernel/compile.py",
+    "kernel/source.py",
+    "families/fused_moe/arguments.py",
+    "sglang/cut.py",
+    "sglang/stand_ins.py",
+)
+"""The files that work out what a kernel is compiled with; other code in one of them may make a kept result wrong."""
+
 _TRITON_PACKAGES = ("triton", "pytorch-triton")
 
 
@@ -243,9 +252,8 @@ def _plain(value: object) -> str:
 @lru_cache(maxsize=1)
 def _arguments_hash() -> str:
     """Of the code that works out a launch's arguments: another moefix may compile with others."""
-    package = resources.files("fixer.kernel")
-    text = b"".join(package.joinpath(name).read_bytes() for name in ("compile.py", "source.py"))
-    text += resources.files("fixer.families.fused_moe").joinpath("arguments.py").read_bytes()
+    package = resources.files("fixer")
+    text = b"".join(package.joinpath(name).read_bytes() for name in _ARGUMENTS_CODE)
     return hashlib.sha256(text).hexdigest()[:16]
 
 

@@ -26,8 +26,7 @@ ARTEFACT = Artefact(
     "owner/name",
     "c0ffee",
     LAYER,
-    UP,
-    DOWN,
+    (UP, DOWN),
     tuple(
         moe_row(batch, tile, tile, Decision.TUNED, 9.0, 8.0, 12.0, 11.0, 0.001)
         for batch, tile in ((1, SMALL), (16, SMALL), (512, LARGE))
