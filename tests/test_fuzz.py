@@ -334,7 +334,7 @@ def test_tuning_files_on_disk(tmp_path):
         COUNTED["tuning files on disk"] += 1  # two files
         there = files_below(tmp_path)
         assert sorted(there.values()) == sorted(raws.values())
-        for name, table in ((UP, found.gate_up), (DOWN, found.down)):
+        for name, table in zip((UP, DOWN), found.tables, strict=True):
             assert (table is None) == (tmp_path / name not in there)
         for report in found.damaged:
             assert there[report.kept_as] == raws[report.path.name]

@@ -63,7 +63,7 @@ def test_what_a_second_start_imports():
     names = imported("import fixer.serve.serve")
     heavy = {"multiprocessing", "sqlite3", "rich", "click", "torch", "triton", "fixer.kernel.pool", "huggingface_hub"}
     assert not heavy & names
-    assert len(names) < 290  # 210 before the rooms: each module is a smaller file now, and msgspec brings 12
+    assert len(names) < 300  # 210 before the rooms: each module is a smaller file now, and msgspec brings 12
 
 
 def test_what_the_help_imports():

@@ -25,7 +25,7 @@ def test_the_first_command_sets_up_and_plans(tmp_path, moefix_home, trees):
     environment.pop("PYTHONPATH", None)
     assert trees
     # The trees are there already (one wheel's download less); everything else is as on a fresh machine.
-    shutil.copytree(moefix_home / "cache" / "sglang", tmp_path / "home" / "cache" / "sglang")
+    shutil.copytree(moefix_home / "cache" / "trees", tmp_path / "home" / "cache" / "trees")
     result = subprocess.run(
         ["bash", "-c", first_command()], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )

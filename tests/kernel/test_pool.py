@@ -172,7 +172,7 @@ import sys, time
 from pathlib import Path
 from fixer.kernel.pool import CompilePool
 from fixer.kernel.compile import Candidate, Target; from fixer.kernel.source import read_kernel_source
-from fixer.workload import Projection, Tile, Workload
+from fixer.workload import BOTH, Tile, Workload
 
 if __name__ == "__main__":
     source, folder = Path(sys.argv[1]), Path(sys.argv[2])

@@ -75,21 +75,7 @@ def at_least(version: str, since: str) -> bool:
 
 # --- the answers of the releases' own functions, worked out from their wheels by another program
 
-NOT_YET = {
-    ("0.4.6.post5", "dsv3-tp8"),
-    ("0.4.9.post6", "glm45air-tp4"),
-    *((version, "triton-kernel-moe") for version in ("0.4.9.post6", "0.5.2")),
-    ("0.5.2", "bf16-enable-ep-moe"),
-    *(
-        (version, "gpt-oss-mxfp4")
-        for version in ["0.5.2", "0.5.4.post3", "0.5.6.post2", "0.5.9", "0.5.12.post1", "0.5.16"]
-    ),
-    *((version, "modelopt-fp8") for version in ["0.5.4.post3", "0.5.6.post2", "0.5.9", "0.5.12.post1", "0.5.16"]),
-    *((version, "nvfp4-5090") for version in ["0.5.9", "0.5.12.post1", "0.5.16"]),
-    *((version, "ct-int4-runner-triton") for version in ["0.5.12.post1", "0.5.16"]),
-    *((version, "autoround-gptq") for version in ["0.5.18", "0.5.22"]),
-    ("0.5.22", "nvfp4-4090"),
-}
+NOT_YET = {("0.4.6.post5", "dsv3-tp8"), *((version, "triton-kernel-moe") for version in ("0.4.9.post6", "0.5.2"))}
 """The model and its number format are taken for something else: the rules for these are not the look-up's."""
 
 CASES = [(version, case) for version, oracle in ORACLES.items() for case in oracle["cases"]]
