@@ -127,7 +127,7 @@ def test_writers_killed_at_any_moment(tmp_path, capsys):
         if path.exists():
             content = path.read_bytes()
             assert content in [*(artefact.to_json().encode() for artefact in ARTEFACTS), *laid[-1:]], turn
-        for name, tables in ((UP, [p.gate_up for p in PAIRS]), (DOWN, [p.down for p in PAIRS])):
+        for name, tables in zip((UP, DOWN), zip(*(files.tables for files in PAIRS), strict=True), strict=True):
             if (folder / name).exists():
                 assert (folder / name).read_bytes() in [SHIPPED, *map(render_table, tables)], turn
         before = folder / (UP + ".before-moefix")
@@ -152,8 +152,8 @@ def test_writers_killed_at_any_moment(tmp_path, capsys):
     save_artefact(home, ARTEFACTS[0])
     install_files(folder, PAIRS[0], home, "0.5.17")
     assert find_artefact(home, HERE, LAYER).artefact == ARTEFACTS[0]
-    assert (folder / UP).read_bytes() == render_table(PAIRS[0].gate_up)
-    assert parse_table((folder / DOWN).read_bytes()) == PAIRS[0].down
+    assert (folder / UP).read_bytes() == render_table(PAIRS[0].tables[0])
+    assert parse_table((folder / DOWN).read_bytes()) == PAIRS[0].tables[1]
     strange = [each for each in folder.iterdir() if each.suffix == ".json" and each.name not in (UP, DOWN)]
     assert strange == []
     with capsys.disabled():

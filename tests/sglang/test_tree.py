@@ -410,7 +410,7 @@ def test_only_what_is_read_is_unpacked(trees):
     for tree in trees.values():
         files = [path for path in tree.package.rglob("*") if path.is_file()]
         assert all(path.suffix in (".py", ".json") for path in files)
-        assert sum(path.suffix == ".py" for path in files) <= 120  # of more than 1,000
+        assert sum(path.suffix == ".py" for path in files) <= 500  # of thousands
 
 
 @pytest.mark.parametrize(("version", "taken"), [("0.4.9", ""), ("0.5.17", "down"), ("0.5.23", "gate_up down")])

@@ -137,7 +137,7 @@ class Machine:
         """A kept artefact for this machine; keywords change its environment."""
         tree, flags = tree_at(self.package), parse_flags(self.flags)
         decision = decide(load_model("", flags), flags, H100, tree.version)
-        lookup = tree.lookup(decision.workload, H100)
+        lookup = tree.lookup(decision.workload, replace(H100, name=environment.get("card", H100.name)))
         rows = ladder(flags, H100, tree.version, decision.workload)
         choices = tuple(
             moe_row(row, *((SMALL, SMALL) if row < 64 else (LARGE, LARGE)), Decision.TUNED, 9.0, 8.0, 12.0, 11.0, 0.001)

@@ -25,7 +25,8 @@ def main(questions: int, answers: int) -> None:
             for name in said.split("|")
             if name
         ]
-        layer = {"layers": 48, "names": [], "layer_class": "FusedMoE", "method": "Fp8MoEMethod", "scheme": ""}
+        layer = {"layers": 48, "names": [], "hidden": 128, "top_k": 2, "activation": "bfloat16"}
+        layer |= {"layer_class": "FusedMoE", "method": "Fp8MoEMethod", "scheme": ""}
         layer |= {
             "runner": "" if names else "marlin",
             "looked_up": False,

@@ -110,7 +110,11 @@ def test_times_are_of_a_call(clock):
 
 def test_a_capture_that_fails_is_ended(clock, monkeypatch):
     ended = []
-    monkeypatch.setattr(FakeGraph, "capture_end", ended.append)
+
+    def end(graph):
+        ended.append(graph)
+
+    monkeypatch.setattr(FakeGraph, "capture_end", end)
     with pytest.raises(RuntimeError, match="out of memory"):
         clock.capture([Call(_fail, ())])
     assert len(ended) == 1
