@@ -118,12 +118,11 @@ def main() -> int:
     options = parser.parse_args()
     began, home = time.monotonic(), data_home(None)
     situation = look_around([flag for flag in options.flags if flag != "--"], home=home)
-    workload = situation.decisions[0].workload
+    here = situation.first
+    workload = here.decision.workload
     assert workload is not None
     model, package = situation.model, importable_package(situation)
-    job = Job(
-        situation.tree, workload, situation.cards[0], situation.rows(0), model.name, "", home, layer_package=package
-    )
+    job = Job(situation.tree, workload, here.cards, situation.rows(here), model.name, "", home, layer_package=package)
     tuned = tune(job, PlainLines())
     took = time.monotonic() - began
     rows = tuple(int(row) for row in options.rows.split(","))

@@ -69,24 +69,25 @@ class Prover:
 
     def artefact(self) -> Artefact:
         here = self.situation()
-        found = find_artefact(self.home, environment_of(here.tree, here.cards[0][0]), self.workload(here))
+        found = find_artefact(self.home, environment_of(here.tree, here.first.card), self.workload(here))
         if found.artefact is None:
             raise SystemExit("there is no kept tuning of this model: run the scenario `taken` first")
         return found.artefact
 
     def workload(self, here: Situation) -> Any:
-        workload = here.decisions[0].workload
+        workload = here.first.decision.workload
         if workload is None:
-            raise SystemExit(f"SGLang looks for no file of this model: {here.decisions[0].reason}")
+            raise SystemExit(f"SGLang looks for no file of this model: {here.first.decision.reason}")
         return workload
 
     def wrong(self) -> Artefact:
         """The kept tuning under the name of another number format."""
         here, artefact = self.situation(), self.artefact()
         formats = (NumberFormat.INT8_W8A8, NumberFormat.FP8_W8A8)
-        number_format = next(each for each in formats if each is not artefact.workload.number_format)
-        workload = replace(artefact.workload, number_format=number_format)
-        lookup = here.tree.lookup(workload, here.cards[0][0])
+        tuned = self.workload(here)
+        number_format = next(each for each in formats if each is not tuned.number_format)
+        workload = replace(tuned, number_format=number_format)
+        lookup = here.tree.lookup(workload, here.first.card)
         return replace(artefact, workload=workload, files=lookup.names)
 
     def forget_pair(self) -> None:

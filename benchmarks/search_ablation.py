@@ -28,7 +28,7 @@ from fixer.sglang.find_tree import find_tree
 from fixer.sglang.releases import PINNED
 from fixer.sglang.tree import TuningFile
 from fixer.tuning.search.replay import Recorded, Recording, Regret, ReplayRunner
-from fixer.tuning.search.runner import Look, Request, run_search
+from fixer.tuning.search.runner import Look, More, Request, run_search
 from fixer.tuning.search.search import Search
 from fixer.tuning.search.seeds import seeds
 from fixer.tuning.search.trials import Timing
@@ -181,8 +181,8 @@ class NoisyRunner(ReplayRunner):
         super().__init__(recording)
         self._noise, self._draw = noise, random.Random(seed)
 
-    def look(self, requests: Sequence[Request]) -> Iterator[Look]:
-        for look in super().look(requests):
+    def look(self, requests: Sequence[Request], more: More | None = None) -> Iterator[Look]:
+        for look in super().look(requests, more):
             noisy = (_scaled(timing, math.exp(self._draw.gauss(0, self._noise))) for timing in look.timings)
             yield replace(look, timings=tuple(noisy))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,9 +25,10 @@ def subject(trees, tmp_path):
         artefact = Artefact.from_json((RESULTS / f"{file}.artefact.json").read_bytes())
         card = find_card(artefact.environment.card)
         parsed = parse_flags(["--model", "m", *flags])
-        situation = SimpleNamespace(flags=parsed, tree=trees["0.5.17"], cards=((card,),))
+        situation = SimpleNamespace(flags=parsed, tree=trees["0.5.17"])
         limit = artefact.environment.shared_memory
-        return Subject(situation, 0, artefact, tmp_path, None if limit == card.shared_memory else limit, limit)
+        on = SimpleNamespace(card=replace(card, shared_memory=limit))
+        return Subject(situation, on, artefact, tmp_path, None if limit == card.shared_memory else limit, limit)
 
     return made
 

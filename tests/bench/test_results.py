@@ -15,7 +15,7 @@ from fixer.bench.view import print_result
 from fixer.bench.words import cautions, headline, verdict_words
 from tests.support.bench_results import result_of
 
-DATA = Path(__file__).resolve().parents[2] / "data"
+DATA = Path(__file__).resolve().parents[1] / "data"
 OWN = Passes(
     (100.5, 101.25), (0, 0), Latency(10.5, 20.0, (10.0, 11.0), (19.0, 21.0)), None, ("triton_3_6_0/a.json",), 1
 )
