@@ -122,15 +122,15 @@ def _write(artefact: Artefact, form: Form, out: Path, root: Path | None, data: P
     from fixer.artefacts import forms
 
     if form is forms.Form.ARTEFACT:
-        return forms.write_artefact(artefact, out)
+        return forms.write_artefact(artefact, out, data)
     if form is forms.Form.SGLANG:
-        return forms.write_sglang(artefact, out)
+        return forms.write_sglang(artefact, out, data)
     if form is forms.Form.VLLM:
-        return forms.write_vllm(artefact, out)
+        return forms.write_vllm(artefact, out, data)
     tree = forms.tree_of(
         artefact.environment.sglang, root, DataFolder(data).cache, lambda line: click.echo(line, err=True)
     )
-    return forms.write_config_dir(artefact, out, tree)
+    return forms.write_config_dir(artefact, out, tree, data)
 
 
 def _report(written: Written) -> None:

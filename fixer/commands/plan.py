@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,7 +84,23 @@ def _plans(flags: ServerFlags, cards: list[Card], tree: Tree, data: Path, lookup
         plans = [make_plan(model, flags, card, tree, compiler_for(tree, card, data, cache)) for card in cards]
     for damaged in cache.damaged:
         click.echo(f"moefix: {damaged}", err=True)
-    return plans
+    return _with_memory(plans, flags)
+
+
+def _with_memory(plans: list[Plan], flags: ServerFlags) -> list[Plan]:
+    """The plans with a note on each card whose memory is too small for the weights, or nearly."""
+    from fixer.model.download.weight_bytes import weight_bytes
+    from fixer.model.memory import FitOutcome, weights_fit
+
+    size = None if flags.cpu_offload_gb else weight_bytes(plans[0].model, flags)
+    if size is None:
+        return plans
+    fits = [weights_fit(size, p.card, flags.tp_size, flags.pp_size, fraction=flags.mem_fraction_static) for p in plans]
+    short = (FitOutcome.DOES_NOT_FIT, FitOutcome.TIGHT)
+    return [
+        replace(plan, notes=(fit.sentence, *plan.notes)) if fit.outcome in short else plan
+        for plan, fit in zip(plans, fits, strict=True)
+    ]
 
 
 def _print(plans: list[Plan], as_json: bool) -> None:

@@ -54,6 +54,8 @@ def look_at_token(patient: Patient) -> Iterator[Finding]:
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import HfHubHTTPError
 
+    from fixer.model.hub_answers import check_answers
+
     token = get_token()
     if token is None:
         yield Finding("token", State.OK, "none: public models can be read")
@@ -61,6 +63,7 @@ def look_at_token(patient: Patient) -> Iterator[Finding]:
     if constants.HF_HUB_OFFLINE:
         yield Finding("token", State.OK, "there is one; not checked, offline by wish")
         return
+    check_answers()
     try:
         HfApi().whoami(token=token)
     except HfHubHTTPError as fault:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,6 +79,22 @@ def test_a_plan_whose_compiler_crashes_says_so_and_ends_with_its_exit_code(
     assert result.exit_code == 7
     assert json.loads(result.stdout)["verdict"] == "compiler_crashed"
     assert "whether SGLang's own configuration fits is not known: crashed: it died" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"), [((), "does not fit; --tp 2 does"), (("--tp", "2"), ""), (("--cpu-offload-gb", "20"), "")]
+)
+def test_weights_that_are_too_large_for_the_card(
+    run: Run, models: dict[str, Path], tmp_path: Path, flags: tuple[str, ...], said: str
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(models[BLOG_POST], model)
+    with (model / "model.safetensors").open("wb") as file:
+        file.truncate(31 * 10**9)
+    result = run("plan", "--model", str(model), "--gpu", "RTX 4090", *flags, "--json", "--sglang", "0.5.17")
+    assert result.returncode == 0, result.stderr
+    notes = [note for note in json.loads(result.stdout)["notes"] if "of weights" in note]
+    assert [said in note for note in notes] == ([True] if said else [])
 
 
 @pytest.mark.parametrize(
