@@ -50,13 +50,14 @@ class ChildProcess:
         self._process: BaseProcess | None = None
         self._pipe: Connection | None = None
         self._is_ready = False
+        self._owed = 0
         self._since = 0.0
         self.restarts = -1
 
     def start(self) -> None:
         """Start the child without waiting until it is ready."""
-        if self._process is not None and (self._process.is_alive() or not self._is_ready):
-            return  # one that died before it was ready is for `is_ready` to report, not to try again and again
+        if self._process is not None and (self._process.is_alive() or not self._is_ready or self._owed):
+            return  # a death before it was ready is for `is_ready` to report, one that owes answers for `receive`
         self.close()
         ours, theirs = self._context.Pipe()
         process = self._context.Process(target=_serve, args=(theirs, self._factory), daemon=True, name="moefix-measure")
@@ -115,6 +116,7 @@ class ChildProcess:
     def send(self, request: Any) -> None:
         """Send a request; its answer is read with `receive`."""
         self.wait_ready()
+        self._owed += 1
         with suppress(OSError):  # it died: `receive` says so
             self.connection.send(request)
 
@@ -130,6 +132,8 @@ class ChildProcess:
             answer = Fate.CRASHED
         if isinstance(answer, Fate):
             self.close()
+            return answer
+        self._owed -= 1
         if isinstance(answer, MoefixError):
             raise answer
         return answer
@@ -149,7 +153,7 @@ class ChildProcess:
         if self._pipe is not None:
             self._pipe.close()
         self._process = self._pipe = None
-        self._is_ready = False
+        self._is_ready, self._owed = False, 0
 
 
 def _serve(pipe: Connection, factory: Factory) -> None:

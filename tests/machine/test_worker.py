@@ -95,6 +95,19 @@ def test_a_kill_from_outside_is_a_crash(child):
     assert child.ask(1, 30) == 2
 
 
+def test_one_that_dies_with_answers_owed_is_not_started_anew_before_its_crash_is_read(child):
+    """Else the new one's "ready" was taken for the answer: two requests were out, and the first killed it."""
+    pid = child.ask("pid", 30)
+    child.send("exit")
+    child.send(1)
+    while not gone(pid):
+        time.sleep(0.01)
+    assert child.is_ready()
+    assert child.receive(30) is Fate.CRASHED
+    assert child.ask(1, 30) == 2
+    assert child.restarts == 1
+
+
 def test_a_hang_ends_at_the_timeout(child):
     pid = child.ask("pid", 30)
     before = time.monotonic()

@@ -265,7 +265,7 @@ def test_sglangs_own_and_shared_memory(trees, moefix_home, tmp_path):
     artefact = samples.real()
     artefact = replace(artefact, rows=(artefact.rows[0], artefact.rows[-1]))
     (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "sglang").symlink_to(moefix_home / "cache" / "sglang")
+    (tmp_path / "cache" / "trees").symlink_to(moefix_home / "cache" / "trees")
     evidence = gather(artefact, "a.json", Sources(tmp_path))
     assert set(evidence.missing) == {Part.SEARCH}
     first, last = summarise(evidence).rows

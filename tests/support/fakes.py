@@ -285,6 +285,7 @@ def tune_small(job, progress=None, kernels: int = 24, factory=measure):
     from unittest import mock
 
     import fixer.tuning.session
+    import fixer.tuning.turn
     from fixer.base.progress import Silent
     from fixer.tuning.measure import card_runner
     from fixer.tuning.search.search import Limits, Search
