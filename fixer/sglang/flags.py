@@ -89,11 +89,11 @@ def json_depth(value: Any) -> int:
     return depth
 
 
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise ValueError("must be above 0 and at most 1")
-    return value
+def _real(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError("must be a number") from None
 
 
 _COUNT, _NATURAL, _SIZE = _number(1), _number(0), _number(1, -1)
@@ -144,7 +144,7 @@ class ServerFlags:
     moe_runner_backend: str = _flag("auto", _lower)
     moe_a2a_backend: str = _flag("none", _lower)
     ep_num_redundant_experts: int = _flag(0, _NATURAL)
-    mem_fraction_static: float | None = _flag(None, _fraction)
+    mem_fraction_static: float | None = _flag(None, _real)
     cpu_offload_gb: int = _flag(0, _NATURAL)
     chunked_prefill_size: int | None = _flag(None, _SIZE)
     max_prefill_tokens: int | None = _flag(None, _COUNT)
