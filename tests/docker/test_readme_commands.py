@@ -37,7 +37,7 @@ RUN = {
     "moefix export --list": "artefacts/NVIDIA_",
     "moefix export --model Qwen/Qwen3-30B-A3B-FP8 --as artefact --out qwen3.4090.json": "qwen3.4090.json",
     "moefix import qwen3.4090.json": "NVIDIA_",
-    "moefix report": "less time on average",
+    "moefix report": "less time in the MoE layer on average",
     "moefix status": "",
 }
 """What is run, in the README's order, and what it must print. Before `export` a tuning of the repository is kept."""

@@ -281,7 +281,7 @@ def test_a_signal_during_tuning_ends_all_of_it(machine, number):
 
 
 def test_the_verdict_counts_time_saved(machine):
-    assert verdict(machine.artefact(), 2.0).endswith("; 50.0 % less time on average")
+    assert verdict(machine.artefact(), 2.0).endswith("; 50.0 % less time in the MoE layer on average")
 
 
 # --- nobody listens --------------------------------------------------------------------------------------------------
