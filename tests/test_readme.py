@@ -23,7 +23,7 @@ def test_the_first_command_sets_up_and_plans(tmp_path, moefix_home, trees):
             shutil.copy2(ROOT / name, tmp_path / name)
     environment = {**os.environ, "MOEFIX_HOME": str(tmp_path / "home")}
     environment.pop("PYTHONPATH", None)
-    assert trees
+    assert trees["0.5.17"].package.is_dir()  # fetched, unless it is here
     # The trees are there already (one wheel's download less); everything else is as on a fresh machine.
     shutil.copytree(moefix_home / "cache" / "trees", tmp_path / "home" / "cache" / "trees")
     result = subprocess.run(
